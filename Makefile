@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+WORKDIR ?= runs/quickstart
+INSTALLED = $(VENV)/.installed
+PARITY_INSTALLED = $(VENV)/.parity-installed
+
+.PHONY: quickstart test test-parity test-slow check lock bench clean
+
+quickstart: $(INSTALLED)  ## train, evaluate and sample a small language model, offline
+	$(BIN)/llmlab train --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/llmlab sample --workdir=$(WORKDIR) --prompt='def ' --max_tokens=64
+
+test: $(INSTALLED) check  ## format, lint, types, and every test that takes seconds
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch and transformers
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m parity
+
+test-slow: $(INSTALLED)  ## what takes minutes, kills processes or fills a disk
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(PARITY_INSTALLED)  ## our step and our decoding beside PyTorch's, in one run
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/decode.py
+
+lock:  ## writes requirements.lock anew from setup.cfg: versions and hashes, no addresses
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install --quiet uv
+	$(VENV)-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra test --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url --fork-strategy fewest --output-file requirements.lock setup.cfg
+
+$(INSTALLED): requirements.lock setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llmlab needs Python 3.11 or newer: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(PARITY_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check 'transformers>=5,<6'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
