@@ -1,0 +1,197 @@
+"""Is the chosen kernel right on this machine? Compared with its reference before a run trusts it, gradients too."""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmlab import __version__
+from llmlab.kernels import attention_blockwise
+from llmlab.kernels.attention import attention
+from llmlab.kernels.logprobs import token_logprobs
+
+# Relative norms that rounding explains on products of some hundred terms, several times over.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
+
+
+class Comparison(NamedTuple):
+    """One output or gradient: how far it is from the reference's, in relative norm."""
+
+    name: str
+    error: float
+    tolerance: float
+    ok: bool
+
+
+def compare(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: dict[str, jax.Array],
+    *,
+    tolerance: float,
+    reference_dtype: Any = None,
+) -> list[Comparison]:
+    """Both functions on the same named arrays: every output, and every argument's gradient for one fixed cotangent.
+
+    Args:
+      reference_dtype: what the arguments become for the reference; their own dtype when None.
+    """
+    precise = {name: x if reference_dtype is None else x.astype(reference_dtype) for name, x in arguments.items()}
+    actual, truth = _outputs_and_gradients(function, arguments), _outputs_and_gradients(reference, precise)
+    return [_comparison(name, actual[name], truth[name], tolerance) for name in truth]
+
+
+def check_attention(
+    head_dim: int,
+    heads: int,
+    kv_heads: int,
+    dtype: Any,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    packed: bool = False,
+    implementation: str = "auto",
+    length: int | None = None,
+) -> list[Comparison]:
+    """Attention as training calls it, at least two blocks long, against the reference in float32 or better.
+
+    Args:
+      packed: two documents and padding in each row, cut at different places.
+      length: tokens a row; more than two blocks when None. Give the run's own, so that "auto" chooses as it will.
+    """
+    B, T = 2, length or 2 * attention_blockwise.BLOCK + 40
+    shapes = {"q": (B, T, heads, head_dim), "k": (B, T, kv_heads, head_dim), "v": (B, T, kv_heads, head_dim)}
+    arguments = _random(shapes, dtype)
+    cuts_B1 = jnp.array([[T // 3], [T // 2]], jnp.int32)
+    index_1T = jnp.arange(T, dtype=jnp.int32)[None]
+    positions_BT = jnp.broadcast_to(index_1T, (B, T))
+    segments: dict[str, Any] = {}
+    if packed:
+        segments_BT = jnp.where(index_1T >= T - 9, 0, 1 + (index_1T >= cuts_B1))
+        positions_BT = jnp.where(index_1T >= cuts_B1, index_1T - cuts_B1, index_1T)
+        segments = {"q_segment_ids_BT": segments_BT, "k_segment_ids_BS": segments_BT}
+    ask: Callable[..., jax.Array] = functools.partial(
+        attention,
+        q_positions_BT=positions_BT,
+        k_positions_BS=positions_BT,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        **segments,
+    )
+    return compare(
+        lambda q, k, v: {"attention": ask(q, k, v, rows_in_order=True, implementation=implementation)},
+        lambda q, k, v: {"attention": ask(q, k, v, implementation="reference")},
+        arguments,
+        tolerance=_tolerance(dtype),
+        reference_dtype=jnp.promote_types(dtype, jnp.float32),
+    )
+
+
+def check_token_logprobs(
+    width: int,
+    vocabulary: int,
+    dtype: Any,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    implementation: str = "auto",
+    length: int = 48,
+    chunk: int | None = None,
+) -> list[Comparison]:
+    """Token log-probabilities, log-normaliser and entropy against the reference in float32 or better."""
+    B = 2
+    arguments = _random({"hidden": (B, length, width), "w": (width, vocabulary)}, dtype)
+    arguments["w"] = arguments["w"] * jnp.asarray(width**-0.5, dtype)
+    target_BT = jnp.asarray(np.random.default_rng(1).integers(0, vocabulary, (B, length)), jnp.int32)
+    ask = functools.partial(token_logprobs, target_BT=target_BT, temperature=temperature, softcap=softcap)
+    return compare(
+        lambda hidden, w: ask(hidden, w, implementation=implementation, chunk=chunk)._asdict(),
+        lambda hidden, w: ask(hidden, w, implementation="reference")._asdict(),
+        arguments,
+        tolerance=_tolerance(dtype),
+        reference_dtype=jnp.promote_types(dtype, jnp.float32),
+    )
+
+
+def checked_once(
+    key_parts: Sequence[object], run: Callable[[], list[Comparison]], cache_dir: str | os.PathLike[str]
+) -> list[Comparison]:
+    """The rows of `run()`, remembered per device, versions and `key_parts`; only a check that passed is remembered."""
+    device = jax.devices()[0]
+    key = [device.platform, device.device_kind, jax.__version__, __version__, *map(str, key_parts)]
+    marker = Path(cache_dir) / f"check-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    remembered = _read_marker(marker)
+    if remembered is not None:
+        return remembered
+    rows = run()
+    if all(row.ok for row in rows):
+        _write_marker(marker, {"key": key, "rows": [list(row) for row in rows]})
+    return rows
+
+
+def _outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def weighted(arguments: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        out = function(**arguments)
+        parts = []
+        for i, x in enumerate(out.values()):
+            dtype = jnp.promote_types(x.dtype, jnp.float32)
+            # Irregular, and of both signs: a constant cotangent would hide errors that cancel over a softmax.
+            cotangent = jnp.cos(jnp.arange(x.size, dtype=dtype) + i).reshape(x.shape)
+            parts.append(jnp.sum(x.astype(dtype) * cotangent))
+        return sum(parts[1:], parts[0]), out
+
+    grads, out = jax.jit(jax.grad(weighted, has_aux=True))(arguments)
+    return out | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def _comparison(name: str, actual: jax.Array, truth: jax.Array, tolerance: float) -> Comparison:
+    wanted = np.asarray(truth, np.float64)
+    distance = float(np.linalg.norm(np.asarray(actual, np.float64) - wanted))
+    error = distance / max(float(np.linalg.norm(wanted)), 1e-30)
+    return Comparison(name, error, tolerance, bool(error <= tolerance))
+
+
+def _tolerance(dtype: Any) -> float:
+    # Products of float32 go through TensorFloat-32 or bfloat16 on accelerators unless the precision is raised.
+    name = jnp.dtype(dtype).name
+    return TOLERANCES["bfloat16" if name == "float32" and jax.default_backend() != "cpu" else name]
+
+
+def _random(shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for name, shape in shapes.items()}
+
+
+def _read_marker(marker: Path) -> list[Comparison] | None:
+    """What an earlier check found, or None when there is no marker that can be read."""
+    try:
+        rows = [Comparison(*row) for row in json.loads(marker.read_text())["rows"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if rows and all(row.ok is True for row in rows) else None
+
+
+def _write_marker(marker: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all; a cache that cannot be written costs only the next check."""
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=marker.parent, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(content, file)
+            os.replace(temporary, marker)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError:
+        return
