@@ -1,0 +1,244 @@
+"""Token files on disk: written once with checksums, read at random by document.
+
+A store is a folder: `tokens.bin` (uint16 or uint32, little-endian, every document after the other), `documents.bin`
+(int64 pairs: where the next document starts, and the bytes of text of this one; a zeroth row of zeros), the tokenizer,
+and `manifest.json`, written last. Only a folder with a manifest that its files agree with is a store.
+
+Sizes are checked at every open. Hashes are checked too, but for files above `HASH_ALWAYS_BYTES` only if the file
+changed since they were last found right.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmlab.core.errors import UserError
+from llmlab.core.paths import clear_when_full, sync_folder, write_atomic
+
+FORMAT = 1
+HASH_ALWAYS_BYTES = 1 << 26
+MANIFEST = "manifest.json"
+PROGRESS = "progress.json"
+TOKENS = "tokens.bin"
+DOCUMENTS = "documents.bin"
+TOKENIZER = "tokenizer.model"
+
+
+class TornError(UserError):
+    """What lies in a folder is not what its manifest promises."""
+
+
+class TokenStore:
+    """A split of a source as tokens. `manifest` holds the counts; `tokens` and `offsets` are memory-mapped."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        """Use `TokenStore.open`, which checks the files."""
+        self.path = path
+        self.manifest = manifest
+        self.tokens = mapped(path / TOKENS, np.dtype(manifest["dtype"]))
+        rows = mapped(path / DOCUMENTS, np.dtype("<i8")).reshape(-1, 2)
+        self.offsets = rows[:, 0]
+        self.text_bytes = rows[1:, 1]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "TokenStore":
+        """The store in folder `path`.
+
+        Raises:
+          TornError: there is none, or it is damaged.
+        """
+        return cls(Path(path), open_sealed(Path(path), MANIFEST))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document, from its BOS to its EOS."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens per document, BOS and EOS included."""
+        return np.diff(self.offsets)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V]: the bytes of text each id stands for."""
+        from llmlab.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / TOKENIZER).token_bytes()
+
+    @property
+    def fingerprint(self) -> str:
+        """What the store was made from: source, split and tokenizer."""
+        return self.manifest["fingerprint"]
+
+
+class StoreWriter:
+    """Appends documents to a store, and goes on from the last commit when the process before it was stopped.
+
+    `.documents` counts those already in the folder: the caller passes over as many.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self._dtype = path, dtype
+        path.mkdir(parents=True, exist_ok=True)
+        state, self._hashes = self._committed()
+        self.documents, self.tokens, self.text_bytes = (state[k] for k in ("documents", "tokens", "text_bytes"))
+        self._files = {name: open(path / name, "ab", buffering=0) for name in self._hashes}  # noqa: SIM115
+        for name, file in self._files.items():
+            file.truncate(state["files"][name]["bytes"])
+        if not state["files"][DOCUMENTS]["bytes"]:
+            self._append(DOCUMENTS, np.zeros(2, "<i8"))
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
+        """Adds documents: their tokens joined, and for each its number of tokens and its bytes of text."""
+        rows = np.stack([self.tokens + np.cumsum(lengths), text_bytes], axis=1)
+        self._append(TOKENS, tokens.astype(self._dtype))
+        self._append(DOCUMENTS, rows.astype("<i8"))
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+        self.text_bytes += int(text_bytes.sum())
+
+    def commit(self) -> None:
+        """What was appended until now is kept if the process is stopped."""
+        with clear_when_full(self.path):
+            for file in self._files.values():
+                os.fsync(file.fileno())
+        write_atomic(self.path / PROGRESS, _json(self._state()))
+
+    def finish(self, **facts: Any) -> None:
+        """Makes the folder a store, with the tokenizer saved in it; `facts` join the counts in its manifest."""
+        self.commit()
+        for name in self._files:
+            _mark_verified(self.path / name)
+        state = self._state()
+        model = self.path / TOKENIZER
+        state["files"][TOKENIZER] = {"bytes": model.stat().st_size, "sha256": _hash(model).hexdigest()}
+        write_atomic(self.path / MANIFEST, _json({**state, **facts}))
+        (self.path / PROGRESS).unlink()
+
+    def close(self) -> None:
+        """Closes the files; what was not committed is lost."""
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, array: np.ndarray) -> None:
+        data = memoryview(array.tobytes())
+        self._hashes[name].update(data)
+        with clear_when_full(self.path):
+            while data:
+                data = data[self._files[name].write(data) :]
+
+    def _state(self) -> dict[str, Any]:
+        files = {
+            name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": self._hashes[name].hexdigest()}
+            for name, file in self._files.items()
+        }
+        counts = {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes}
+        return {"format": FORMAT, "dtype": self._dtype.str, **counts, "files": files}
+
+    def _committed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What an earlier process committed, with its hashes, if the files still hold it; else an empty state."""
+        files = {name: {"bytes": 0} for name in (TOKENS, DOCUMENTS)}
+        empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "files": files}
+        try:
+            state = json.loads((self.path / PROGRESS).read_bytes())
+            hashes = {name: _hash(self.path / name, state["files"][name]["bytes"]) for name in files}
+        except (OSError, ValueError):
+            return empty, {name: hashlib.sha256() for name in files}
+        whole = all(hashes[name].hexdigest() == state["files"][name]["sha256"] for name in files)
+        if whole and (state["format"], state["dtype"]) == (FORMAT, self._dtype.str):
+            return state, hashes
+        return empty, {name: hashlib.sha256() for name in files}
+
+
+def seal(folder: Path, manifest: str, arrays: dict[str, np.ndarray], **facts: Any) -> None:
+    """Writes arrays as files of `folder`, then the manifest that makes them count."""
+    files = {}
+    for name, array in arrays.items():
+        data = array.tobytes()
+        write_atomic(folder / name, data)
+        _mark_verified(folder / name)
+        files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    write_atomic(folder / manifest, _json({"format": FORMAT, **facts, "files": files}))
+
+
+def open_sealed(folder: Path, manifest: str) -> dict[str, Any]:
+    """The manifest, once every file it names was found as it says.
+
+    Raises:
+      TornError: a file is missing, of another size or of another hash, or there is no whole manifest.
+    """
+    path = folder / manifest
+    try:
+        facts = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise TornError(f"{folder} holds no {manifest}: it was never finished; make it again") from error
+    except ValueError as error:
+        raise TornError(f"{path} is torn: delete {folder} and make it again") from error
+    if facts["format"] != FORMAT:
+        raise TornError(f"{path} has format {facts['format']}, not {FORMAT}: delete {folder} and make it again")
+    for name, expected in facts["files"].items():
+        _verify(folder / name, expected["bytes"], expected["sha256"])
+    return facts
+
+
+def remove(folder: Path) -> None:
+    """Deletes a store, its manifest first, so that one deleted half-way is no store."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    if folder.exists():
+        sync_folder(folder)
+        shutil.rmtree(folder)
+
+
+def _verify(path: Path, size: int, sha256: str) -> None:
+    found = path.stat().st_size if path.exists() else -1
+    if found != size:
+        what = "is missing" if found < 0 else f"has {found} bytes instead of {size}"
+        raise TornError(f"{path} {what}: delete {path.parent} and make it again")
+    if size > HASH_ALWAYS_BYTES and _marker(path).exists() and _marker(path).read_text() == _version(path):
+        return
+    if _hash(path).hexdigest() != sha256:
+        raise TornError(f"{path} does not have the contents that were written: delete {path.parent} and make it again")
+    _mark_verified(path)
+
+
+def _mark_verified(path: Path) -> None:
+    if path.stat().st_size > HASH_ALWAYS_BYTES and os.access(path.parent, os.W_OK):
+        write_atomic(_marker(path), _version(path).encode())
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(f"{path.name}.verified")
+
+
+def _version(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _hash(path: Path, size: int | None = None) -> Any:
+    digest, left = hashlib.sha256(), path.stat().st_size if size is None else size
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 22))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest
+
+
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A read-only view; a plain array, since slicing numpy's memmap class costs ten times as much."""
+    if not path.stat().st_size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1).encode() + b"\n"
