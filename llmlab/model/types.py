@@ -1,0 +1,60 @@
+"""The types a model meets the rest of the code at. Pure functions over a nested dict of arrays; no module in sight."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmlab.core.arrays import Metrics
+from llmlab.core.mesh import Partition
+from llmlab.model.config import ModelConfig
+
+Params = dict[str, Any]
+Cache = dict[str, Any]
+
+
+class Inputs(NamedTuple):
+    """What a model reads. Segment 0 is padding; tokens attend within their segment only, in order of position."""
+
+    tokens_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    embeddings_BTD: jax.Array | None = None
+
+
+class Out(NamedTuple):
+    """The hidden state after the final norm, the cache with these tokens in it, and (sum, weight) statistics."""
+
+    hidden_BTD: jax.Array
+    cache: Cache | None
+    aux: Metrics
+
+
+class Model(NamedTuple):
+    """A language model.
+
+    init(key) -> params; under jit with `out_shardings` they are born sharded.
+    apply(params, inputs, *, cache=None, key=None) -> Out.
+    head(params) -> w_DV, the unembedding in the compute dtype; soft-cap and temperature are the reader's to apply.
+    logits(params, tokens_BT) -> logits_BTV in at least float32: for looking; objectives never hold [B, T, V].
+    init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens.
+    unstack(params) -> the same weights with one entry a layer, for steps so short that splitting stacks would cost.
+    axes: the logical axes of every parameter, a tree like the parameters'.
+    """
+
+    config: ModelConfig
+    partition: Partition | None
+    init: Callable[[jax.Array], Params]
+    apply: Callable[..., Out]
+    head: Callable[[Params], jax.Array]
+    logits: Callable[[Params, jax.Array], jax.Array]
+    init_cache: Callable[[int, int], Cache]
+    unstack: Callable[[Params], Params]
+    axes: Any
+
+
+def inputs(tokens_BT: jax.Array) -> Inputs:
+    """Inputs for whole, unpadded rows: positions 0, 1, …, one segment."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    return Inputs(tokens_BT, positions_BT, jnp.ones_like(positions_BT))

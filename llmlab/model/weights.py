@@ -1,0 +1,59 @@
+"""The only reader of a weight.
+
+A leaf of the parameters is an array, or any pytree that knows how to stand for one (`WeightLeaf`): a quantised weight,
+a weight with a low-rank adapter. Layers never index or multiply a leaf themselves, so those need no second model.
+"""
+
+import math
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@runtime_checkable
+class WeightLeaf(Protocol):
+    """What stands for a weight array without being one."""
+
+    def dense(self, dtype: DTypeLike) -> jax.Array:
+        """The whole weight as an array."""
+        ...
+
+    def product(self, x_MI: jax.Array, dims_in: int) -> jax.Array:
+        """x_MI against the weight, whose first `dims_in` dimensions hold I numbers; the rest, flattened, come out."""
+        ...
+
+    def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """The rows of the weight's first dimension with these ids."""
+        ...
+
+
+def dense(leaf: Any, dtype: DTypeLike) -> jax.Array:
+    """The weight as an array of `dtype`."""
+    return leaf.dense(dtype) if isinstance(leaf, WeightLeaf) else leaf.astype(dtype)
+
+
+def rows(leaf: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """An embedding look-up: the rows of `leaf` with these ids, [*ids.shape, …]."""
+    return leaf.rows(ids, dtype) if isinstance(leaf, WeightLeaf) else leaf[ids].astype(dtype)
+
+
+def product(x: jax.Array, leaf: Any, shape: tuple[int, ...], dims_in: int, *, flatten: bool = True) -> jax.Array:
+    """x's last `dims_in` axes contracted with the weight's first `dims_in`; `shape` is the weight's.
+
+    `flatten` merges the batch axes around the product: on CPU, XLA's weight gradient over [B·T, D] is 1.4 times faster
+    than over [B, T, D]. With time sharded over devices, merging would cost an all-gather: pass False there.
+    """
+    batch, size_in = x.shape[: x.ndim - dims_in], math.prod(shape[:dims_in])
+    flat = x.reshape(*((math.prod(batch),) if flatten else batch), size_in)
+    if isinstance(leaf, WeightLeaf):
+        out = leaf.product(flat.reshape(math.prod(batch), size_in), dims_in)
+    else:
+        out = flat @ leaf.reshape(size_in, math.prod(shape[dims_in:])).astype(x.dtype)
+    return out.reshape(*batch, *shape[dims_in:])
+
+
+def astype(tree: Any, dtype: DTypeLike) -> Any:
+    """All floating-point arrays of a tree in `dtype`."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
