@@ -1,0 +1,134 @@
+import dataclasses
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmlab
+from llmlab.core.config import to_json
+from llmlab.core.errors import UserError
+from llmlab.core.mesh import MeshConfig, make_partition
+from llmlab.data.tokenizer_character import CharacterTokenizer
+from llmlab.model.config import llama
+from llmlab.model.transformer import make_model
+from llmlab.workdir.checkpoints import Checkpoints
+from llmlab.workdir.files import Workdir
+from llmlab.workdir.open import open_workdir, weights_for
+
+TOKENIZER = CharacterTokenizer("abcdefghijkl")
+CONFIG = llama(width=16, layers=2, heads=2, vocab_size=TOKENIZER.vocab_size)
+
+
+def numbered_params(start):
+    """Parameters of CONFIG's shapes that are all different, for telling one tree from another."""
+    abstract = jax.eval_shape(make_model(CONFIG).init, jax.random.key(0))
+    leaves, structure = jax.tree.flatten(abstract)
+    arrays = [jnp.asarray(start + i + np.arange(leaf.size).reshape(leaf.shape) * 1e-3, leaf.dtype)
+              for i, leaf in enumerate(leaves)]  # fmt: skip
+    return jax.tree.unflatten(structure, arrays)
+
+
+def save(path, step, state):
+    saver = Checkpoints(path / "checkpoints")
+    saver.save(step, state | {"step": jnp.int32(step)}, wait=True)
+    saver.close()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = Workdir(tmp_path_factory.mktemp("run"))
+    workdir.write_config({"model": to_json(CONFIG)}, {})
+    TOKENIZER.save(workdir.tokenizer)
+    trained = {"trainable": numbered_params(0), "frozen": {}}
+    save(workdir.path, 10, trained | {"ema": None})
+    save(workdir.path, 20, trained | {"ema": numbered_params(100)})
+    return workdir.path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_it_opens_as_model_weights_and_tokenizer(run):
+    opened = llmlab.open(run)
+    assert opened.model.config == CONFIG
+    assert opened.step == 20
+    assert opened.config["model"]["width"] == 16
+    assert opened.tokenizer.decode(opened.tokenizer.encode("face")) == "face"
+    assert_equal(opened.params, numbered_params(100))
+    logits_BTV = jax.eval_shape(opened.model.logits, opened.params, jnp.zeros((1, 3), jnp.int32))
+    assert logits_BTV.shape == (1, 3, TOKENIZER.vocab_size)
+
+
+def test_without_an_ema_the_trained_weights_are_given(run):
+    shutil.rmtree(run / "checkpoints" / "20")
+    opened = open_workdir(run)
+    assert opened.step == 10
+    assert_equal(opened.params, numbered_params(0))
+
+
+def test_a_torn_checkpoint_gives_the_one_before(run):
+    os.truncate(run / "checkpoints" / "20" / "_METADATA", 4)
+    assert open_workdir(run).step == 10
+
+
+def test_frozen_weights_are_merged_with_the_trained_ones(run):
+    params = numbered_params(7)
+    parts = {"trainable": {"head": params["head"]}, "frozen": {k: v for k, v in params.items() if k != "head"}}
+    save(run, 30, parts | {"ema": {"head": numbered_params(50)["head"]}})
+    opened = open_workdir(run)
+    assert_equal(opened.params, params | {"head": numbered_params(50)["head"]})
+
+
+def test_it_opens_onto_a_mesh(run):
+    partition = make_partition(MeshConfig(fsdp=4, tensor=2))
+    opened = open_workdir(run, partition)
+    assert_equal(opened.params, numbered_params(100))
+    expected = partition.shardings(opened.model.axes)
+    for leaf, sharding in zip(jax.tree.leaves(opened.params), jax.tree.leaves(expected), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+def test_another_run_starts_from_these_weights_in_its_own_dtype(run):
+    model = make_model(dataclasses.replace(CONFIG, param_dtype="bfloat16"))
+    found = weights_for(run, model)
+    assert_equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), numbered_params(100)))
+
+
+def test_a_model_of_another_shape_is_refused_with_the_weight_and_both_shapes(run):
+    wider = make_model(dataclasses.replace(CONFIG, width=32, head_dim=8))
+    with pytest.raises(UserError, match=r"ema\.embedding\.tokens_VD is \(16, 16\) in .* and \(16, 32\) here"):
+        weights_for(run, wider)
+    biased = make_model(dataclasses.replace(CONFIG, norm="layernorm", bias=True))
+    with pytest.raises(UserError, match=r"holds no trainable\..*: it was saved by another config"):
+        weights_for(run, biased)
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda run: shutil.rmtree(run), "there is no workdir"),
+        (lambda run: (run / "config.json").unlink(), "no config.json"),
+        (lambda run: os.truncate(run / "config.json", 30), "config.json is torn"),
+        (lambda run: (run / "config.json").write_text('{"config": {}}'), "has no section model"),
+        (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model is missing"),
+        (lambda run: os.truncate(run / "tokenizer.model", 0), "tokenizer.model"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), "holds no whole checkpoint"),
+        (lambda run: [(p / "manifest.json").unlink() for p in (run / "checkpoints").iterdir()], "no whole checkpoint"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(run, spoil, says):
+    spoil(run)
+    with pytest.raises(UserError) as caught:
+        open_workdir(run)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
