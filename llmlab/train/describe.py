@@ -1,0 +1,67 @@
+"""What a config would run, worked out before anything is compiled: `llmlab train --print_config`."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmlab.core.config import to_json
+from llmlab.data.pipeline import TokenBatch
+from llmlab.model.cost import abstract_params, flops_per_token, parameter_count, tree_bytes
+from llmlab.model.transformer import make_model
+from llmlab.train.config import Experiment
+from llmlab.train.optimizer import make_optimizer
+from llmlab.train.progress import thousands
+
+
+def describe(experiment: Experiment, devices: int) -> str:
+    """The resolved config as JSON, then a line each: parameters, FLOPs per token, tokens in all, estimated memory."""
+    facts = estimate(experiment, devices)
+    lines = [json.dumps(to_json(experiment), indent=2), ""]
+    if not experiment.model.vocab_size:
+        lines.append(f"vocabulary        {facts['vocab_size']:,} (asked of the tokenizer, which may find fewer)")
+    lines += [
+        f"parameters        {facts['parameters']:,}",
+        f"FLOPs per token   {thousands(facts['flops_per_token'])}",
+        f"tokens in all     {facts['tokens']:,} ({experiment.run.steps:,} steps)",
+        f"memory            about {facts['bytes_per_device'] / 2**30:.2f} GiB on each of {devices} devices: "
+        f"weights, gradients and optimizer {facts['state_bytes'] / 2**30:.2f}, "
+        f"activations {facts['activation_bytes'] / 2**30:.2f} in all",
+    ]
+    return "\n".join(lines)
+
+
+def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
+    """The same as numbers. Bytes assume that the mesh splits what it can evenly; a compiler may need more."""
+    data, optimizer = experiment.data, experiment.optimizer
+    config = experiment.model
+    if not config.vocab_size:
+        config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
+    model = make_model(config)
+    params = abstract_params(model)
+    moments = jax.eval_shape(make_optimizer(optimizer, experiment.run.steps, model.axes).init, params)
+    weights = tree_bytes(params)
+    state = weights * (3 if optimizer.ema else 2) + tree_bytes(moments)
+    rows = data.batch_size // optimizer.accumulate
+    batch_BT = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
+    batch: Any = TokenBatch(**dict.fromkeys(TokenBatch._fields, batch_BT))  # type: ignore[arg-type]
+    loss = experiment.objective.make(model, jnp.zeros(config.vocab_size, jnp.int32))
+
+    def residuals(params: Any, batch: TokenBatch) -> Any:
+        """What the forward pass keeps for the backward: the leaves of the function that runs it."""
+        return jax.vjp(lambda params: jnp.asarray(loss(params, batch, None)[0].sum), params)[1]
+
+    activations = max(0, tree_bytes(jax.eval_shape(residuals, params, batch)) - weights)
+    shape = experiment.mesh.shape(devices)
+    copies = shape[0] * shape[3]  # `data` and `sequence` replicate the weights
+    return {
+        "vocab_size": config.vocab_size,
+        "parameters": parameter_count(params),
+        "flops_per_token": flops_per_token(config, data.sequence_length),
+        "tokens": experiment.run.steps * data.batch_size * data.sequence_length,
+        "state_bytes": state,
+        "activation_bytes": activations,
+        "bytes_per_device": state * copies / devices + activations / devices,
+    }

@@ -1,0 +1,92 @@
+"""What a run carries from step to step."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmlab.model.types import Model, Params
+
+
+class Guard(NamedTuple):
+    """The recent window of accepted losses and gradient norms, and how many steps were skipped."""
+
+    window_W2: jax.Array
+    accepted: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+class TrainState(NamedTuple):
+    """`trainable` has gradients, an optimizer and perhaps an EMA; `frozen` has none of them."""
+
+    step: jax.Array
+    trainable: Params
+    frozen: Params
+    optimizer: Any
+    ema: Params | None
+    guard: Guard
+
+    @property
+    def params(self) -> Params:
+        """All weights, as the model reads them."""
+        return merge(self.trainable, self.frozen)
+
+    @property
+    def evaluated(self) -> Params:
+        """The weights that evaluation and samples use: the EMA where there is one."""
+        return self.params if self.ema is None else merge(self.ema, self.frozen)
+
+
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, key: jax.Array, *, window: int, ema: bool
+) -> TrainState:
+    """The state before the first step. Jit it with `out_shardings` and every array is born sharded."""
+    return start(model.init(key), optimizer, window=window, ema=ema)
+
+
+def start(
+    trainable: Params, optimizer: optax.GradientTransformation, *, window: int, ema: bool, frozen: Params | None = None
+) -> TrainState:
+    """The state before the first step, from these weights."""
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    return TrainState(
+        step=zero(),
+        trainable=trainable,
+        frozen=frozen or {},
+        optimizer=optimizer.init(trainable),
+        # A copy, not an alias: the step donates its buffers, and one may not be donated twice.
+        ema=jax.tree.map(jnp.copy, trainable) if ema else None,
+        guard=Guard(jnp.zeros((window, 2), jnp.float32), zero(), zero(), zero()),
+    )
+
+
+def merge(trainable: Params, frozen: Params) -> Params:
+    """One tree of two whose leaves are apart."""
+    merged = dict(trainable)
+    for name, value in frozen.items():
+        merged[name] = merge(merged[name], value) if name in merged else value
+    return merged
+
+
+def state_shardings(model: Model, state: TrainState) -> TrainState:
+    """Shardings for a (possibly abstract) state: weights, moments and EMA by logical axes, the rest replicated."""
+    partition = model.partition
+    assert partition is not None
+    replicated = partition.sharding()
+    by_path = {
+        jax.tree_util.keystr(path): sharding
+        for path, sharding in jax.tree_util.tree_leaves_with_path(partition.shardings(model.axes))
+    }
+
+    def choose(path: Any, leaf: Any) -> jax.sharding.Sharding:
+        # An optimizer keeps trees like the parameters' inside states of its own: go by the end of the path.
+        keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        sharding = by_path.get(jax.tree_util.keystr(tuple(keys)))
+        return sharding if sharding is not None and len(sharding.spec) <= leaf.ndim and leaf.ndim else replicated
+
+    return jax.tree_util.tree_map_with_path(choose, state)

@@ -1,0 +1,139 @@
+"""One training step: a pure function of state and batch, jitted once, that donates its state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llmlab.core.arrays import Mean, Metrics, global_norm, named_key
+from llmlab.core.mesh import Partition
+from llmlab.objective.next_token import Loss
+from llmlab.train.optimizer import OptimizerConfig
+from llmlab.train.state import Guard, TrainState, merge
+
+Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: OptimizerConfig,
+    *,
+    seed: int,
+    partition: Partition | None = None,
+) -> Step:
+    """(state, batch) -> (state, metrics). The caller jits it, with the state donated.
+
+    A step whose loss or gradient norm is not finite, or far outside the recent window, changes nothing but its count:
+    decided here, on global scalars, so every host decides alike. Metrics are (sum, weight) pairs.
+    """
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        key = named_key(seed, "train", state.step)
+        total, metrics, gradients = accumulated_gradients(
+            loss, state.trainable, state.frozen, batch, key, config.accumulate, partition
+        )
+        norm = global_norm(gradients)
+        value = total.sum / jnp.maximum(total.weight, 1)
+        good = _is_good(state.guard, value, norm, config)
+        if config.clip:
+            scale = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
+            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, trainable)
+        # Selecting fuses into the update that was just written; a branch would copy the state.
+        trainable, moments, ema = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (trainable, moments, ema),
+            (state.trainable, state.optimizer, state.ema),
+        )
+        guard = _watch(state.guard, good, value, norm)
+        one = jnp.ones((), jnp.float32)
+        metrics = metrics | {
+            "learning_rate": Mean(schedule(state.step - state.guard.skipped), one),
+            "grad_norm": Mean(norm, one),
+            "skipped": Mean(guard.skipped, one),
+            "skipped_in_a_row": Mean(guard.skipped_in_a_row, one),
+            "tokens": Mean(total.weight, one),
+        }
+        return TrainState(state.step + 1, trainable, state.frozen, moments, ema, guard), metrics
+
+    return step
+
+
+def accumulated_gradients(
+    loss: Loss,
+    trainable: Any,
+    frozen: Any,
+    batch: Any,
+    key: jax.Array,
+    microbatches: int,
+    partition: Partition | None = None,
+) -> tuple[Mean, Metrics, Any]:
+    """(loss, metrics, gradients) of the whole batch, computed in `microbatches` parts.
+
+    The sums of all parts are divided by the weight of all parts, never part by part (transformers#35438).
+    """
+
+    def summed(trainable: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, tuple[Mean, Metrics]]:
+        total, metrics = loss(merge(trainable, frozen), batch, key)
+        return jnp.asarray(total.sum), (total, metrics)
+
+    gradient = jax.grad(summed, has_aux=True)
+    if microbatches == 1:
+        sums, (total, metrics) = gradient(trainable, batch, key)
+    else:
+
+        def split(x: jax.Array) -> jax.Array:
+            # Rows i, i+A, i+2A, … form part i: each device then finds all of its rows at home.
+            parts = jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
+            return parts if partition is None else partition.constrain(parts, None, "batch", "time")
+
+        def add(carry: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+            micro, index = part
+            sums, (total, metrics) = gradient(trainable, micro, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, carry, (total, metrics, sums)), None
+
+        parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
+        first = jax.eval_shape(lambda: add_shape(gradient, trainable, jax.tree.map(lambda x: x[0], parts[0]), key))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        (total, metrics, sums), _ = jax.lax.scan(add, zeros, parts)
+    weight = jnp.maximum(total.weight, 1)
+    return total, metrics, jax.tree.map(lambda g: g / weight.astype(g.dtype), sums)
+
+
+def add_shape(gradient: Any, trainable: Any, micro: Any, key: jax.Array) -> tuple[Mean, Metrics, Any]:
+    """What one part yields, in the order in which parts are added up."""
+    sums, (total, metrics) = gradient(trainable, micro, key)
+    return total, metrics, sums
+
+
+def _is_good(guard: Guard, loss: jax.Array, norm: jax.Array, config: OptimizerConfig) -> jax.Array:
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    if not config.skip_sigma:
+        return finite
+    seen_2 = jnp.stack([loss, norm]).astype(jnp.float32)
+    mean_2, std_2 = jnp.mean(guard.window_W2, axis=0), jnp.std(guard.window_W2, axis=0)
+    # A window of nearly equal values would make any step an outlier: a hundredth of the mean is always allowed.
+    limit_2 = mean_2 + config.skip_sigma * jnp.maximum(std_2, 0.01 * jnp.abs(mean_2))
+    full = guard.accepted >= guard.window_W2.shape[0]
+    return finite & (~full | jnp.all(seen_2 <= limit_2))
+
+
+def _watch(guard: Guard, good: jax.Array, loss: jax.Array, norm: jax.Array) -> Guard:
+    seen_2 = jnp.stack([loss, norm]).astype(jnp.float32)
+    slot = guard.accepted % guard.window_W2.shape[0]
+    window_W2 = guard.window_W2.at[slot].set(jnp.where(good, seen_2, guard.window_W2[slot]))
+    skipped = 1 - good.astype(jnp.int32)
+    return Guard(
+        window_W2,
+        guard.accepted + 1 - skipped,
+        guard.skipped + skipped,
+        (guard.skipped_in_a_row + skipped) * skipped,
+    )
