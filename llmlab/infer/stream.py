@@ -1,0 +1,92 @@
+"""Tokens to text as they come, and what `llmlab sample` prints."""
+
+import codecs
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
+
+from llmlab.data.tokenizer import Tokenizer
+from llmlab.infer.generate import stream
+from llmlab.workdir.open import Opened
+
+
+def text_of(ids: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of `ids`, in pieces that split neither a character nor a stop string.
+
+    Ends before the first stop string. Bytes that are no UTF-8, or end in the middle of a character, give U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held = ""
+    for id in ids:
+        held += decoder.decode(tokenizer.decode_bytes([id]))
+        found = [place for place in map(held.find, stop) if place >= 0]
+        if found:
+            if min(found):
+                yield held[: min(found)]
+            return
+        ready = len(held) - _may_become_stop(held, stop)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield held
+
+
+def sample_command(
+    opened: Opened,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int,
+    out: TextIO,
+) -> None:
+    """Writes the prompt and what the model makes of it to `out` as it comes, and the speed to stderr.
+
+    Raises:
+      UserError: a setting out of its range, or a prompt that leaves no room for `max_tokens`.
+    """
+    tokenizer = opened.tokenizer
+    ids = stream(
+        opened.model,
+        opened.params,
+        [tokenizer.bos_id, *tokenizer.encode(prompt)],
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop_ids=[tokenizer.eos_id],
+    )
+    arrivals: list[float] = []
+
+    def timed() -> Iterator[int]:
+        for id in ids:
+            arrivals.append(time.perf_counter())
+            yield id
+
+    out.write(prompt)
+    for piece in text_of(timed(), tokenizer):
+        out.write(piece)
+        out.flush()
+    out.write("\n")
+    if len(arrivals) > 1:
+        speed = (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
+        print(f"{len(arrivals)} tokens, {speed:.1f} tokens/s after the first", file=sys.stderr)
+
+
+def _may_become_stop(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of `text` that a stop string begins with."""
+    longest = max(map(len, stop), default=1) - 1
+    for size in range(min(longest, len(text)), 0, -1):
+        if any(string.startswith(text[-size:]) for string in stop):
+            return size
+    return 0

@@ -1,0 +1,215 @@
+"""The cached path against the full forward, and what `generate` and `stream` promise, on tiny random models."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmlab.core.errors import UserError
+from llmlab.infer import generate as module
+from llmlab.infer.generate import bucket, continuations, generate, stream
+from llmlab.model.config import gpt2, llama
+from llmlab.model.transformer import make_model, unembed
+from llmlab.model.types import Inputs
+
+SHAPE = {"width": 32, "layers": 2, "heads": 4, "vocab_size": 41, "max_positions": 64, "init_std": 0.5}
+CONFIGS = {
+    "gpt2": gpt2(**SHAPE),
+    "llama_gqa": llama(**SHAPE, kv_heads=2),
+    "window": llama(**SHAPE, kv_heads=1, window=5, pattern=("local", "global")),
+    "qk_norm_softcap": llama(**SHAPE, qk_norm=True, attention_softcap=5.0, logit_softcap=3.0, tied_embedding=True),
+}
+NAMES = list(CONFIGS)
+
+
+@functools.cache
+def built(name):
+    model = make_model(CONFIGS[name])
+    return model, jax.jit(model.init)(jax.random.key(1)), jax.jit(model.logits)
+
+
+def tokens(rows, time, seed=0):
+    return np.random.default_rng(seed).integers(0, SHAPE["vocab_size"], (rows, time)).astype(np.int32)
+
+
+@functools.cache
+def cached_logits(name):
+    """A compiled call of the cached model on some tokens of every row: the first `added_B` of T are real."""
+    model, params, _ = built(name)
+
+    def call(tokens_BT, starts_B, added_B, cache):
+        offsets_1T = jnp.arange(tokens_BT.shape[1])[None]
+        inputs = Inputs(tokens_BT, starts_B[:, None] + offsets_1T, (offsets_1T < added_B[:, None]).astype(jnp.int32))
+        out = model.apply(params, inputs, cache=cache)
+        return unembed(out.hidden_BTD, model.head(params), model.config.logit_softcap), out.cache
+
+    return jax.jit(call)
+
+
+def assert_close(got, want):
+    """To 1e-5 of the largest logit: the weights are large here, so that positions and masks matter."""
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(np.max(np.abs(want))), rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_decode_are_the_full_forward(name):
+    model, params, full = built(name)
+    rows, time, lengths_B = 3, 24, np.array([1, 7, 12])
+    tokens_BT = tokens(rows, time)
+    want_BTV = full(params, tokens_BT)
+    call, cache = cached_logits(name), model.init_cache(rows, time)
+    prompt_BT = np.where(np.arange(12)[None] < lengths_B[:, None], tokens_BT[:, :12], 40)
+    logits_BTV, cache = call(prompt_BT, jnp.zeros(rows, int), lengths_B, cache)
+    for row, length in enumerate(lengths_B):
+        assert_close(logits_BTV[row, :length], want_BTV[row, :length])
+    for step in range(12):
+        at_B = lengths_B + step
+        logits_BTV, cache = call(tokens_BT[np.arange(rows), at_B][:, None], at_B, np.ones(rows, int), cache)
+        assert_close(logits_BTV[:, 0], want_BTV[np.arange(rows), at_B])
+    np.testing.assert_array_equal(cache["lengths_B"], lengths_B + 12)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "window"])
+def test_a_prompt_read_in_two_parts(name):
+    model, params, full = built(name)
+    tokens_BT = tokens(2, 20)
+    call, cache = cached_logits(name), model.init_cache(2, 20)
+    first_BTV, cache = call(tokens_BT[:, :12], np.array([0, 0]), np.array([12, 3]), cache)
+    # The second row's second part starts where its first ended.
+    second_BT = np.stack([tokens_BT[0, 12:20], tokens_BT[1, 3:11]])
+    second_BTV, cache = call(second_BT, np.array([12, 3]), np.array([8, 8]), cache)
+    want_BTV = full(params, tokens_BT)
+    assert_close(first_BTV[0], want_BTV[0, :12])
+    assert_close(second_BTV[0], want_BTV[0, 12:])
+    assert_close(second_BTV[1], want_BTV[1, 3:11])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_is_the_argmax_of_the_full_forward(name):
+    model, params, full = built(name)
+    prompt_BT, lengths_B = tokens(3, 9), np.array([9, 1, 4])
+    out_BT = generate(model, params, prompt_BT, max_tokens=20, prompt_lengths_B=lengths_B)
+    assert out_BT.shape == (3, 29)
+    likeliest_BT = np.argmax(full(params, out_BT), axis=-1)
+    for row, length in enumerate(lengths_B):
+        np.testing.assert_array_equal(out_BT[row, :length], prompt_BT[row, :length])
+        np.testing.assert_array_equal(out_BT[row, length : length + 20], likeliest_BT[row, length - 1 : length + 19])
+        assert (out_BT[row, length + 20 :] == 0).all()
+
+
+def test_rows_do_not_influence_each_other():
+    model, params, _ = built("window")
+    prompt_BT, lengths_B = tokens(3, 9), np.array([9, 2, 5])
+    settings = {"max_tokens": 14, "temperature": 1.0, "repetition_penalty": 1.3, "top_k": 20}
+    together_BT = generate(model, params, prompt_BT, prompt_lengths_B=lengths_B, seed=[3, 4, 5], **settings)
+    for row, length in enumerate(lengths_B):
+        alone_BT = generate(model, params, prompt_BT[row : row + 1, :length], seed=3 + row, **settings)
+        np.testing.assert_array_equal(alone_BT[0], together_BT[row, : length + 14])
+
+
+def test_seeds():
+    model, params, _ = built("llama_gqa")
+    prompt_BT = np.repeat(tokens(1, 5), 3, axis=0)
+    settings = {"max_tokens": 16, "temperature": 1.5}
+    out_BT = generate(model, params, prompt_BT, seed=[7, 7, 8], **settings)
+    np.testing.assert_array_equal(out_BT[0], out_BT[1])
+    assert (out_BT[0] != out_BT[2]).any()
+    np.testing.assert_array_equal(generate(model, params, prompt_BT, seed=7, **settings)[[0, 1]], out_BT[[0, 2]])
+    # Positions name the draws: going on from a longer prompt gives the same text.
+    longer_BT = generate(model, params, out_BT[:1, :12], max_tokens=9, temperature=1.5, seed=7)
+    np.testing.assert_array_equal(longer_BT[0], out_BT[0])
+
+
+def test_a_stop_id_ends_its_row_only():
+    model, params, _ = built("llama_gqa")
+    prompt_BT = tokens(2, 6, seed=3)
+    free_BT = generate(model, params, prompt_BT, max_tokens=12)
+    stop = next(int(id) for id in free_BT[0, 8:] if id not in free_BT[1, 6:])
+    place = int(np.argmax(free_BT[0, 6:] == stop))
+    out_BT = generate(model, params, prompt_BT, max_tokens=12, stop_ids=[stop], pad_id=40)
+    np.testing.assert_array_equal(out_BT[0, : 7 + place], free_BT[0, : 7 + place])
+    assert (out_BT[0, 7 + place :] == 40).all()
+    np.testing.assert_array_equal(out_BT[1], free_BT[1])
+    first, second = continuations(out_BT, 6, 12, [stop])
+    assert first == free_BT[0, 6 : 7 + place].tolist()
+    assert second == free_BT[1, 6:].tolist()
+    assert list(stream(model, params, prompt_BT[0].tolist(), max_tokens=12, stop_ids=[stop])) == first
+
+
+def test_the_repetition_penalty_sees_prompt_and_continuation():
+    model, params, _ = built("llama_gqa")
+    prompt_BT = np.arange(20, dtype=np.int32)[None]
+    out_BT = generate(model, params, prompt_BT, max_tokens=21, repetition_penalty=1e9)
+    # Every penalised logit is either near zero or hugely negative: ids with positive logits run out before any repeats.
+    logits_BTV = np.array(built("llama_gqa")[2](params, out_BT))
+    for at in range(20, 41):
+        logits_V = logits_BTV[0, at - 1]
+        seen = np.unique(out_BT[0, :at])
+        logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 1e9, logits_V[seen] * 1e9)
+        assert out_BT[0, at] == np.argmax(logits_V)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+def test_the_stream_is_what_generate_gives(settings):
+    model, params, _ = built("window")
+    prompt_BT = tokens(1, 7)
+    want_BT = generate(model, params, prompt_BT, max_tokens=15, seed=5, **settings)
+    streamed = list(stream(model, params, prompt_BT[0].tolist(), max_tokens=15, seed=5, **settings))
+    assert streamed == want_BT[0, 7:].tolist()
+
+
+def test_unstacked_parameters_give_the_same():
+    model, params, _ = built("window")
+    prompt_BT = tokens(2, 7)
+    want_BT = generate(model, params, prompt_BT, max_tokens=6)
+    np.testing.assert_array_equal(generate(model, model.unstack(params), prompt_BT, max_tokens=6), want_BT)
+
+
+def test_calls_that_differ_little_compile_once():
+    model, params, _ = built("llama_gqa")
+    compiled = [module._generate, module._first, module._one_more]
+    generate(model, params, tokens(2, 5), max_tokens=9, temperature=0.5, top_k=3)
+    list(stream(model, params, [1, 2, 3], max_tokens=4, temperature=0.5))
+    before = [function._cache_size() for function in compiled]
+    generate(model, params, tokens(2, 7), max_tokens=4, temperature=0.9, top_k=5, seed=3)
+    list(stream(model, params, [1, 2, 3, 4, 5], max_tokens=6, temperature=0.7))
+    assert [function._cache_size() for function in compiled] == before
+
+
+def test_buckets():
+    sizes = range(1, 3000)
+    assert all(size <= bucket(size) <= max(16 * -(-size // 16), 1.25 * size) for size in sizes)
+    assert len({bucket(size) for size in sizes}) < 30
+    assert bucket(160) == 160
+
+
+BAD = {
+    "empty": ({"prompt_BT": np.zeros((1, 0), int)}, "empty"),
+    "not a batch": ({"prompt_BT": np.zeros(3, int)}, r"\[B, T\]"),
+    "no id": ({"prompt_BT": np.array([[1, 41]])}, "0 to 40"),
+    "too long": ({"max_tokens": 60}, "at most 58"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens=0"),
+    "length": ({"prompt_lengths_B": [7]}, "from 1 to 6"),
+    "temperature": ({"temperature": -1.0}, "temperature=-1.0"),
+    "top_k": ({"top_k": -1}, "top_k=-1"),
+    "top_p": ({"top_p": 0.0}, "top_p=0.0"),
+    "min_p": ({"min_p": 2.0}, "min_p=2.0"),
+    "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    "seeds": ({"seed": [1, 2]}, "2 seeds for 1 rows"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_user_errors(name):
+    model, params, _ = built("llama_gqa")
+    arguments, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        generate(model, params, **{"prompt_BT": tokens(1, 6), "max_tokens": 5} | arguments)
+
+
+def test_a_stream_fails_before_its_first_token():
+    model, params, _ = built("llama_gqa")
+    with pytest.raises(UserError, match="empty"):
+        stream(model, params, [], max_tokens=5)
