@@ -1,0 +1,234 @@
+"""What `llmlab eval` does: held-out loss and bits per byte of a workdir, `xz -9` beside them, and scores of tasks."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from llmlab.core.config import from_config_dict
+from llmlab.core.errors import UserError, nearest
+from llmlab.core.paths import clear_when_full, write_atomic
+from llmlab.data.config import DataConfig
+from llmlab.data.packing import pack_index
+from llmlab.data.pipeline import TokenBatch, evaluation_batches
+from llmlab.data.prepare import prepare_parts
+from llmlab.data.sources import Report, Split, documents
+from llmlab.eval.baselines import xz_bits_per_byte
+from llmlab.eval.held_out import make_evaluator
+from llmlab.eval.likelihood import make_log_likelihoods
+from llmlab.eval.progress import counted
+from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
+from llmlab.eval.tasks import Task, contexts, read_task
+from llmlab.objective import OBJECTIVES
+from llmlab.workdir.open import Opened
+
+XZ_BYTES = 16 * 2**20
+SPLITS: tuple[Split, ...] = ("held_out", "train", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate on.
+
+    held_out: measure loss and bits per byte, on the held-out text of the run unless told otherwise:
+    source, files, field: other text instead, as in the `data` section; files alone are of the run's source, or text.
+    split: which part of the text; empty for held_out, or, where `source` and `files` name other text, for all of it.
+    tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
+    else from the task's other rows. limit: the first so many rows of each task; 0 is all.
+    max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
+    batch_size: rows at once; 0 is as many as in training, and 16 for tasks.
+    """
+
+    held_out: bool = True
+    source: str = ""
+    files: tuple[str, ...] = ()
+    field: str = ""
+    split: str = ""
+    tasks: tuple[str, ...] = ()
+    few_shot: int = 0
+    few_shot_file: str = ""
+    limit: int = 0
+    max_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    extract: Literal["line", "number"] = "line"
+    batch_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("few_shot", 0), ("limit", 0), ("max_tokens", 1), ("batch_size", 0), ("temperature", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}={getattr(self, name)} should be at least {least}")
+        if self.split and self.split not in SPLITS:
+            raise UserError(f"--split={self.split!r} is not a choice: {nearest(self.split, SPLITS)}")
+        if self.extract not in ("line", "number"):
+            raise UserError(f"--extract={self.extract!r} is not a choice: {nearest(self.extract, ('line', 'number'))}")
+        if not self.held_out and not self.tasks:
+            raise UserError("there is nothing to evaluate: give --tasks, or leave --held_out on")
+
+
+def eval_command(
+    opened: Opened,
+    workdir: str | os.PathLike[str],
+    config: EvalConfig,
+    *,
+    out: TextIO | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Evaluates `opened`, prints the figures to `out`, and returns what it writes to `eval.json` in the workdir.
+
+    Rows of tasks with what the model made of them go to `eval/TASK.jsonl`.
+
+    Raises:
+      UserError: text or a task that cannot be read. All tasks are read before anything is computed.
+      DiskFull: no room for the results.
+    """
+    out, folder = out or sys.stdout, Path(workdir).expanduser()
+    tasks = [(task, contexts_) for task, contexts_ in _tasks(config)]
+    result: dict[str, Any] = {"step": opened.step}
+    if config.held_out:
+        result["held_out"] = held_out(opened, config, quiet=quiet)
+        print(_held_out_lines(result["held_out"]), file=out, flush=True)
+    if tasks:
+        result["tasks"] = []
+        score = _scorer(opened, config, quiet)
+        for task, shown in tasks:
+            outcomes = score(task, shown)
+            result["tasks"].append(summary(task, outcomes, config.few_shot))
+            _write_outcomes(folder / "eval" / f"{task.name}.jsonl", outcomes)
+        print(table(result["tasks"]), file=out, flush=True)
+    write_atomic(folder / "eval.json", json.dumps(_strict(result), indent=2, allow_nan=False).encode() + b"\n")
+    return result
+
+
+def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Loss, perplexity and bits per byte of the text that `config` names, what it is, and what `xz -9` makes of it."""
+    model, partition = opened.model, opened.model.partition
+    data, split = text_of(opened.config, config)
+    if partition is not None:
+        devices = partition.size("batch")
+        data = dataclasses.replace(data, batch_size=-(-data.batch_size // devices) * devices)
+    parts = prepare_parts(data, opened.tokenizer, split, progress=not quiet)
+    stores = [store for store, _ in parts]
+    name = opened.config["objective"]["name"]
+    objective = from_config_dict(OBJECTIVES[name], opened.config["objective"], "objective")
+    evaluate = make_evaluator(objective.make(model, opened.tokenizer.token_bytes()), partition)
+    sharding = None if partition is None else partition.sharding("batch", "time")
+    rows = sum(len(pack_index(store, data.packing, data.sequence_length)) for store in stores)
+    with counted("evaluating rows", rows, quiet=quiet) as advance:
+
+        def passed(batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
+            for number, batch in enumerate(batches):
+                yield batch
+                advance(min(rows, (number + 1) * data.batch_size))
+
+        scores = evaluate(opened.params, passed(evaluation_batches(data, parts, sharding=sharding)))
+    return {
+        "source": data.source,
+        "files": list(data.files),
+        "split": split,
+        "documents": sum(len(store) for store in stores),
+        "bytes": sum(int(store.text_bytes.sum()) for store in stores),
+        **scores,
+        **xz_of(data, split, quiet),
+    }
+
+
+def text_of(trained: dict[str, Any], config: EvalConfig) -> tuple[DataConfig, Split]:
+    """The text to evaluate on: what the run of config `trained` held out, or what `config` names instead."""
+    data = from_config_dict(DataConfig, trained["data"], "data")
+    split: Split = "held_out"
+    if config.files or (config.source and config.source != data.source):
+        reads_files = data.source not in ("python", "mixture")
+        section = {
+            **{field.name: getattr(data, field.name) for field in dataclasses.fields(data)},
+            "source": config.source or (data.source if reads_files else "text"),
+            "files": config.files,
+            "held_out_files": (),
+            "mixture": (),
+        }
+        data = DataConfig(**section)
+        split = "all"
+    if config.field:
+        data = dataclasses.replace(data, field=config.field)
+    if config.batch_size:
+        data = dataclasses.replace(data, batch_size=config.batch_size)
+    if config.split:
+        (split,) = [known for known in SPLITS if known == config.split]
+    return data, split
+
+
+def xz_of(data: DataConfig, split: Split, quiet: bool) -> dict[str, Any]:
+    """Bits per byte of `xz -9`, of the first documents only where compressing all would take minutes."""
+    texts, size = [], 0
+    for document in documents(data, split, Report()):
+        texts.append(document.text.encode())
+        size += len(texts[-1])
+        if size >= XZ_BYTES:
+            break
+    with counted("compressing bytes with xz -9", size, quiet=quiet) as advance:
+        return {"xz_bits_per_byte": xz_bits_per_byte(texts, progress=advance), "xz_bytes": size}
+
+
+def _held_out_lines(scores: dict[str, Any]) -> str:
+    files = f" {', '.join(scores['files'])}" if scores["files"] else ""
+    part = "" if scores["xz_bytes"] == scores["bytes"] else f" (on the first {scores['xz_bytes']:,} bytes)"
+    return "\n".join(
+        [
+            f"{scores['split']} text of {scores['source']}{files}: "
+            f"{scores['documents']:,} documents, {scores['bytes']:,} bytes",
+            f"  loss           {scores['loss']:.4f} nats per token",
+            f"  perplexity     {scores['perplexity']:.3f}",
+            f"  bits per byte  {scores['bits_per_byte']:.4f}",
+            f"  xz -9          {scores['xz_bits_per_byte']:.4f} bits per byte, file by file{part}",
+        ]
+    )
+
+
+def _tasks(config: EvalConfig) -> Iterator[tuple[Task, list[str]]]:
+    """Each task, cut to the limit, with the context of each row."""
+    source = read_task(config.few_shot_file) if config.few_shot_file else None
+    names: dict[str, str] = {}
+    for path in config.tasks:
+        task = read_task(path)
+        if task.name in names:
+            raise UserError(f"--tasks has two files named {task.name}: {names[task.name]} and {path}; rename one")
+        names[task.name] = path
+        kept = config.limit or len(task.rows)
+        shown = contexts(task, config.few_shot, source)
+        yield dataclasses.replace(task, rows=task.rows[:kept]), shown[:kept]
+
+
+def _scorer(opened: Opened, config: EvalConfig, quiet: bool) -> Any:
+    """score(task, contexts) -> outcomes, by whichever way the task's kind is scored."""
+    model, params, tokenizer = opened.model, opened.params, opened.tokenizer
+    batch_size = config.batch_size or Generation().batch_size
+    log_likelihoods = make_log_likelihoods(model, batch_size)
+    settings = Generation(config.max_tokens, config.temperature, config.seed, batch_size, config.extract)
+
+    def score(task: Task, shown: Sequence[str]) -> list[Outcome]:
+        total = sum(len(row.choices) or 1 for row in task.rows)
+        with counted(f"task {task.name}", total, quiet=quiet) as advance:
+            if task.kind == "choices":
+                return score_choices(task, shown, model, params, tokenizer, log_likelihoods, advance)
+            return score_generation(task, shown, model, params, tokenizer, settings, advance)
+
+    return score
+
+
+def _write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    with clear_when_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, b"".join(json.dumps(outcome, ensure_ascii=False).encode() + b"\n" for outcome in outcomes))
+
+
+def _strict(value: Any) -> Any:
+    """`value` for strict JSON: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
