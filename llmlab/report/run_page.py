@@ -1,0 +1,135 @@
+"""One run as one page: the numbers that matter, curves, samples, where the time went, and the config behind them."""
+
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from llmlab.core.paths import write_atomic
+from llmlab.report.curves import Curve, chart
+from llmlab.report.page import fold, page, pairs, section, tiles, verbatim
+from llmlab.report.read import Run, flat, number, read_run, series, training_seconds, without_paths
+from llmlab.train.progress import clock, thousands
+from llmlab.workdir.files import Workdir
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes `report.html` into the workdir of a run, finished or not, and returns its path.
+
+    Raises:
+      UserError: it is no workdir.
+      DiskFull: there is no room; an earlier report stays.
+    """
+    run, path = read_run(workdir), Workdir(workdir).report
+    write_atomic(path, run_page(run))
+    return path
+
+
+def run_page(run: Run) -> bytes:
+    """The page of a run."""
+    described = without_paths(run.described)
+    config = json.dumps(described["config"], indent=2, ensure_ascii=False)
+    return page(
+        run.name,
+        progress_text(run),
+        [
+            section("numbers", "In numbers", tiles(_headline(run))),
+            section("curves", "Curves", _curves(run)),
+            section("samples", "What it writes", _samples(run)),
+            section("evaluation", "Evaluation", pairs(_shown(flat(without_paths(run.evaluation))))),
+            section("time", "How the time was spent", pairs(_time(run))),
+            section("config", "Config", fold("resolved config", verbatim(config))),
+            section("machine", "Code and machine", pairs(_shown(flat(_without(described, "config", "parameters"))))),
+        ],
+    )
+
+
+def progress_text(run: Run) -> str:
+    """`400 steps`, or how far a run has come."""
+    return f"{run.steps:,} steps" if run.step >= run.steps else f"unfinished: step {run.step:,} of {run.steps:,}"
+
+
+def _headline(run: Run) -> list[tuple[str, str, str]]:
+    facts = []
+    bits, xz = run.held_out("bits_per_byte"), number(run.evaluation.get("xz_bits_per_byte"))
+    if bits is not None:
+        facts.append(("held-out bits per byte", f"{bits:.3f}", f"xz -9: {xz:.3f}" if xz is not None else ""))
+    if (loss := run.held_out("loss")) is not None:
+        perplexity = run.held_out("perplexity")
+        facts.append(("held-out loss", f"{loss:.3f}", f"perplexity {perplexity:.1f}" if perplexity is not None else ""))
+    if run.training:
+        last = number(run.training[-1]["loss"])
+        facts.append(("training loss", "not finite" if last is None else f"{last:.3f}", f"at step {run.step:,}"))
+    if (parameters := number(run.described.get("parameters"))) is not None:
+        facts.append(("parameters", thousands(parameters), f"{parameters:,}"))
+    if run.training and "tokens" in run.training[-1]:
+        tokens = run.training[-1]["tokens"]
+        facts.append(("tokens", thousands(tokens), f"{tokens:,}"))
+    if rates := _finite(run, "tokens_per_second"):
+        used = _finite(run, "mfu")
+        note = f"{100 * statistics.median(used):.0f} % of the peak FLOP/s" if used else "median"
+        facts.append(("tokens per second", thousands(statistics.median(rates)), note))
+    if run.seconds:
+        facts.append(("wall time", clock(sum(run.seconds.values())), ""))
+    elif (seconds := training_seconds(run)) is not None:
+        facts.append(("time in steps", clock(seconds), "from the logged rates"))
+    if run.training and (skipped := number(run.training[-1].get("skipped"))):
+        facts.append(("skipped steps", f"{skipped:.0f}", "not finite, or an outlier"))
+    return facts
+
+
+def _curves(run: Run) -> str:
+    charts = []
+    for title, key in (("Loss", "loss"), ("Bits per byte", "bits_per_byte")):
+        training, held_out = series(run.training, key), series(run.evaluations, f"eval/{key}")
+        curves = [Curve("training", training, 0)]
+        curves.append(Curve("held out", held_out, 1, dots=True))
+        charts.append(chart(title, curves, last_values=True))
+    for title, key in (
+        ("Learning rate", "learning_rate"),
+        ("Gradient norm", "grad_norm"),
+        ("Tokens per second", "tokens_per_second"),
+    ):
+        charts.append(
+            chart(
+                title,
+                [Curve(title, series(run.training, key))],
+                may_be_log=key == "grad_norm",
+                from_zero=key != "grad_norm",
+                legend=False,
+            )
+        )
+    inside = "\n".join(filter(None, charts))
+    return f'<div class="charts">{inside}</div>' if inside else ""
+
+
+def _samples(run: Run) -> str:
+    return "\n".join(
+        fold(f"step {step:,}", verbatim(text), unfolded=i == 0) for i, (step, text) in enumerate(run.samples)
+    )
+
+
+def _time(run: Run) -> dict[str, str]:
+    total = sum(run.seconds.values())
+    return {name: f"{clock(spent)} ({100 * spent / total:.0f} %)" for name, spent in run.seconds.items() if total}
+
+
+def _finite(run: Run, key: str) -> list[float]:
+    return [y for _, y in series(run.training, key) if y is not None]
+
+
+def _shown(facts: dict[str, Any]) -> dict[str, str]:
+    return {
+        name: f"{value:.6g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+        for name, value in facts.items()
+        if value is not None
+    }
+
+
+def _without(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in names}
