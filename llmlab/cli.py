@@ -1,0 +1,556 @@
+"""The one door: `llmlab VERB`. The only file that wires every floor; a verb imports what it needs, when it runs."""
+
+import atexit
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llmlab.core.errors import (
+    EXIT_BUG,
+    EXIT_DISK_FULL,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED_AND_SAVED,
+    LlmlabError,
+    UserError,
+    is_disk_full,
+    nearest,
+)
+
+if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
+    from llmlab.scaling import Result
+    from llmlab.train.config import Experiment
+    from llmlab.train.launch import Run
+    from llmlab.train.loop import Hooks
+
+
+class Verb(NamedTuple):
+    """`define` declares the flags, with their help; `run` gets them parsed, and what was no flag."""
+
+    summary: str
+    usage: str
+    details: str
+    define: Callable[[Any, list[str]], None]
+    run: Callable[[Any, list[str]], None]
+
+
+def main() -> None:
+    """The console script."""
+    code = run(sys.argv)
+    if code not in (0, EXIT_STOPPED_AND_SAVED) and "jax" in sys.modules:
+        from llmlab.core.distributed import leave_if_several
+
+        leave_if_several(code)
+    sys.exit(code)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs `llmlab VERB …` and returns its exit code; see `llmlab.core.errors` for what each means."""
+    arguments = list(argv[1:])
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from llmlab import __version__
+
+        print(f"llmlab {__version__}")
+        return 0
+    name = arguments[0]
+    debug = "--debug" in arguments
+    try:
+        if name not in VERBS:
+            raise UserError(f"unknown verb {name!r}: {nearest(name, VERBS)}")
+        logging.basicConfig(level=logging.WARNING, format="llmlab: %(message)s", stream=sys.stderr)
+        logging.getLogger("llmlab").setLevel(logging.INFO)
+        flags, rest = _parse(name, arguments[1:])
+        if flags.help:
+            print(_page(name, flags))
+            return 0
+        VERBS[name].run(flags, rest)
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is left in the buffer has no one to go to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _report_error(name, error, debug)
+
+
+def _report_error(verb: str, error: Exception, debug: bool) -> int:
+    if not debug and "jax" in sys.modules:
+        from llmlab.core.distributed import lost_another
+
+        if lost_another(error):
+            print(f"llmlab {verb}: another process of this run has ended: its own message says why", file=sys.stderr)
+            return EXIT_BUG
+    known = isinstance(error, LlmlabError)
+    if debug or not (known or is_disk_full(error)):
+        traceback.print_exception(error)
+    if isinstance(error, LlmlabError):
+        print(f"llmlab {verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    if is_disk_full(error):
+        print(f"llmlab {verb}: no space left on the disk: free some, then run the same command again", file=sys.stderr)
+        return EXIT_DISK_FULL
+    return EXIT_BUG
+
+
+# --- train, check, sweep -------------------------------------------------------------------------------------------
+
+
+def _define_config(flags: "FlagValues", argv: list[str]) -> None:
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "The experiment, FILE.py or FILE.py:ARG; every key of it is a flag too: --config.section.key=value.",
+        flag_values=flags,
+        sys_argv=["llmlab", *argv],
+    )
+
+
+def _define_hosts(flags: "FlagValues") -> None:
+    from absl import flags as f
+
+    f.DEFINE_string("coordinator", "", "host:port of process 0, on several hosts.", flag_values=flags)
+    f.DEFINE_integer("processes", 0, "How many processes there are, on several hosts.", flag_values=flags)
+    f.DEFINE_integer("process_id", -1, "Which of them this one is.", flag_values=flags)
+
+
+def _define_train(flags: "FlagValues", argv: list[str]) -> None:
+    from absl import flags as f
+
+    _define_config(flags, argv)
+    _define_workdir(flags, "Where the run keeps its files; the same command again goes on from there.")
+    f.DEFINE_string("init_from", "", "Start from the weights of this workdir.", flag_values=flags)
+    f.DEFINE_bool("print_config", False, "Print what would run and what it costs, and stop.", flag_values=flags)
+    _define_hosts(flags)
+
+
+def _train(flags: "FlagValues", rest: list[str]) -> None:
+    experiment = _experiment(flags, rest, init_from=flags.init_from)
+    _start_jax(flags)
+    import jax
+
+    if flags.print_config:
+        from llmlab.core.mesh import make_partition
+        from llmlab.train.config import check_mesh
+        from llmlab.train.describe import describe
+
+        if experiment.model.vocab_size:
+            check_mesh(experiment, make_partition(experiment.mesh))
+        print(describe(experiment, jax.device_count()))
+        return
+    from llmlab.train.launch import launch
+    from llmlab.workdir.files import Workdir
+
+    workdir = Workdir(_required(flags, "workdir"))
+    finished = launch(experiment, workdir, _hooks, arguments=sys.argv[2:])
+    if jax.process_index() == 0:
+        _summarise(finished)
+
+
+def _hooks(run: "Run") -> "Hooks":
+    """Evaluation and samples, for the loop that may not import them."""
+    from llmlab.eval.held_out import make_evaluator
+    from llmlab.eval.samples import write_samples
+    from llmlab.model.transformer import make_model
+    from llmlab.train.loop import Hooks
+    from llmlab.train.state import TrainState
+
+    settings = run.experiment.run
+    evaluator = make_evaluator(run.loss, run.partition)
+    # A few prompts do not divide over a mesh: every device works on all of them.
+    sampler = make_model(run.experiment.model, run.partition.with_whole_batch())
+
+    def evaluate(state: TrainState, full: bool) -> dict[str, float]:
+        batches = run.held_out()
+        limit = None if full or not settings.eval_batches else settings.eval_batches
+        return evaluator(state.evaluated, itertools.islice(batches, limit))
+
+    def sample(state: TrainState) -> None:
+        write_samples(
+            sampler,
+            state.evaluated,
+            run.tokenizer,
+            settings.sample_prompts,
+            max_tokens=settings.sample_tokens,
+            temperature=0.8,
+            seed=settings.seed,
+            path=run.workdir.samples / f"{int(state.step)}.txt",
+        )
+
+    return Hooks(evaluate, sample if settings.sample_every else None)
+
+
+def _summarise(run: "Run") -> None:
+    """The end of a run: its held-out figure beside that of xz, and where to look."""
+    from llmlab.eval.command import xz_of
+    from llmlab.report.run_page import write_report
+    from llmlab.workdir.metrics import MetricsLog
+
+    rows = [row for row in MetricsLog(run.workdir.metrics).rows() if "eval/bits_per_byte" in row]
+    if rows:
+        xz = xz_of(run.experiment.data, "held_out", quiet=True)["xz_bits_per_byte"]
+        _keep_baseline(run, xz)
+        print(f"held-out bits per byte  {rows[-1]['eval/bits_per_byte']:.4f}  (xz -9, file by file: {xz:.4f})")
+    report = write_report(run.workdir.path)
+    print(f"report   {report}\nsamples  {run.workdir.samples}")
+
+
+def _define_check(flags: "FlagValues", argv: list[str]) -> None:
+    _define_config(flags, argv)
+    _define_hosts(flags)
+
+
+def _check(flags: "FlagValues", rest: list[str]) -> None:
+    experiment = _experiment(flags, rest)
+    _start_jax(flags)
+    import jax
+
+    from llmlab.core.errors import Tripwire
+    from llmlab.core.mesh import make_partition
+    from llmlab.train.check import check_experiment
+
+    partition = make_partition(experiment.mesh)
+    wrong = 0
+    for row in check_experiment(experiment, partition):
+        wrong += not row.ok
+        if jax.process_index() == 0:
+            verdict = "ok   " if row.ok else "WRONG"
+            print(f"{verdict}  {row.name:64s} {row.error:9.2e}  allowed {row.tolerance:.0e}", flush=True)
+    if wrong:
+        raise Tripwire(f"{wrong} comparisons are wrong on this machine and mesh: do not trust a run on it")
+
+
+def _define_sweep(flags: "FlagValues", argv: list[str]) -> None:
+    from absl import flags as f
+
+    _define_config(flags, argv)
+    _define_workdir(flags, "A folder for all runs, a folder each.")
+    f.DEFINE_string("sweep", None, "Keys and their values: 'model.width=128,256;run.seed=0,1,2'.", flag_values=flags)
+    f.DEFINE_integer("parallel", 1, "Runs at once.", flag_values=flags)
+
+
+def _sweep(flags: "FlagValues", rest: list[str]) -> None:
+    from llmlab.core.config import to_json
+    from llmlab.report.runs_page import write_runs_report
+    from llmlab.scaling import check_keys, parse_sweep, run_sweep
+
+    grid = parse_sweep(_required(flags, "sweep"))
+    _experiment(flags, rest)
+    check_keys(grid, flags.config)
+    given: Any = flags["config"]
+    file, workdir = given.config_filename, Path(_required(flags, "workdir"))
+    overrides = [f"--config.{key}={value}" for key, value in given.override_values.items()]
+
+    def check(settings: dict[str, str]) -> Any:
+        changed = [f"--config.{key}={value}" for key, value in settings.items()]
+        parsed, _ = _parse("check", [f"--config={file}", *overrides, *changed])
+        return to_json(_experiment(parsed, []))
+
+    def draw(results: "list[Result]") -> None:
+        notes = {result.name: result.error for result in results if result.error}
+        write_runs_report([result.folder for result in results], workdir / "report.html", workdir.resolve().name, notes)
+
+    results = run_sweep(file, overrides, grid, workdir, check=check, parallel=flags.parallel, on_update=draw)
+    print(f"results  {workdir / 'results.csv'}\npage     {workdir / 'report.html'}")
+    if failed := [result.name for result in results if result.status == "failed"]:
+        raise UserError(
+            f"{len(failed)} of {len(results)} runs failed, {failed[0]} first: see its .log, then run this again"
+        )
+
+
+# --- sample, eval, report, tokenize ----------------------------------------------------------------------------------
+
+
+def _define_sample(flags: "FlagValues", argv: list[str]) -> None:
+    from absl import flags as f
+
+    _define_workdir(flags, "The run to sample from.")
+    f.DEFINE_string("prompt", "", "The text to go on from.", flag_values=flags)
+    f.DEFINE_integer("max_tokens", 128, "The most tokens to write.", flag_values=flags)
+    f.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token.", flag_values=flags)
+    f.DEFINE_integer("top_k", 0, "Only the k likeliest tokens; 0 is all.", flag_values=flags)
+    f.DEFINE_float("top_p", 1.0, "Only the likeliest tokens that hold this probability.", flag_values=flags)
+    f.DEFINE_float("min_p", 0.0, "Only tokens this likely, relative to the likeliest.", flag_values=flags)
+    f.DEFINE_float("repetition_penalty", 1.0, "More than 1 makes what was said less likely.", flag_values=flags)
+    f.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=flags)
+
+
+def _sample(flags: "FlagValues", rest: list[str]) -> None:
+    _none_left(rest)
+    _start_jax()
+    import llmlab
+    from llmlab.infer.stream import sample_command
+
+    sample_command(
+        llmlab.open(_required(flags, "workdir")),
+        flags.prompt,
+        max_tokens=flags.max_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+        seed=flags.seed,
+        out=sys.stdout,
+    )
+
+
+def _define_eval(flags: "FlagValues", argv: list[str]) -> None:
+    from absl import flags as f
+
+    _define_workdir(flags, "The run to evaluate.")
+    f.DEFINE_bool("held_out", True, "Measure loss and bits per byte of text.", flag_values=flags)
+    f.DEFINE_string("source", "", "Other text than the run's held-out part: text, jsonl, python …", flag_values=flags)
+    f.DEFINE_list("files", [], "Its files or patterns.", flag_values=flags)
+    f.DEFINE_string("field", "", "The field of its rows that holds text.", flag_values=flags)
+    f.DEFINE_string("split", "", "Which part of it: held_out, train, all.", flag_values=flags)
+    f.DEFINE_list("tasks", [], "JSON lines files: choices, or answers to generate.", flag_values=flags)
+    f.DEFINE_integer("few_shot", 0, "Solved examples before each question.", flag_values=flags)
+    f.DEFINE_string("few_shot_file", "", "Where they come from; empty: the task's other rows.", flag_values=flags)
+    f.DEFINE_integer("limit", 0, "The first so many rows of each task; 0 is all.", flag_values=flags)
+    f.DEFINE_integer("max_tokens", 64, "The longest generated answer.", flag_values=flags)
+    f.DEFINE_float("temperature", 0.0, "Of generated answers.", flag_values=flags)
+    f.DEFINE_integer("seed", 0, "Of generated answers.", flag_values=flags)
+    f.DEFINE_string("extract", "line", "What of a generated text is the answer: line, number.", flag_values=flags)
+    f.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as in training, 16 for tasks.", flag_values=flags)
+
+
+def _eval(flags: "FlagValues", rest: list[str]) -> None:
+    _none_left(rest)
+    from llmlab.eval.command import EvalConfig, eval_command
+
+    names = [field.name for field in dataclasses.fields(EvalConfig)]
+    values: dict[str, Any] = {name: getattr(flags, name) for name in names}
+    config = EvalConfig(**(values | {"files": tuple(flags.files), "tasks": tuple(flags.tasks)}))
+    _start_jax()
+    import llmlab
+
+    workdir = _required(flags, "workdir")
+    eval_command(llmlab.open(workdir), workdir, config)
+
+
+def _define_report(flags: "FlagValues", argv: list[str]) -> None:
+    _define_workdir(flags, "The run to report on.")
+
+
+def _report(flags: "FlagValues", rest: list[str]) -> None:
+    _none_left(rest)
+    from llmlab.report.run_page import write_report
+
+    print(write_report(_required(flags, "workdir")))
+
+
+def _define_tokenize(flags: "FlagValues", argv: list[str]) -> None:
+    from absl import flags as f
+
+    _define_workdir(flags, "The run whose tokenizer to use.")
+    f.DEFINE_string("model", "", "Or any SentencePiece model file.", flag_values=flags)
+
+
+def _tokenize(flags: "FlagValues", rest: list[str]) -> None:
+    from llmlab.data.token_view import tokenize_command
+
+    if bool(flags.model) == bool(flags.workdir):
+        raise UserError("give one of --workdir=DIR and --model=FILE")
+    tokenize_command(flags.model or flags.workdir, " ".join(rest) if rest else None, sys.stdout)
+
+
+# --- what the verbs share --------------------------------------------------------------------------------------------
+
+
+def _define_workdir(flags: "FlagValues", text: str) -> None:
+    from absl import flags as f
+
+    f.DEFINE_string("workdir", "", text, flag_values=flags)
+
+
+def _parse(verb: str, argv: list[str]) -> tuple["FlagValues", list[str]]:
+    """The verb's flags, and the arguments that are none. Every mistake in them is a UserError."""
+    from absl import flags as f
+
+    flags = f.FlagValues()
+    f.DEFINE_bool("help", False, "Print this page.", short_name="h", flag_values=flags)
+    f.DEFINE_bool("debug", False, "Print the traceback of an error too.", flag_values=flags)
+    VERBS[verb].define(flags, argv)
+    # config_flags loads every experiment under one name: what a second one lacks, the first would lend it.
+    sys.modules.pop("config_config", None)
+    try:
+        return flags, flags(["llmlab", *argv])[1:]
+    except f.UnrecognizedFlagError as error:
+        given = error.flagname
+        raise UserError(f"unknown flag --{given}: {nearest(given, [n for n in flags if len(n) > 1])}") from error
+    except LlmlabError:
+        raise
+    except Exception as error:
+        if place := _place_in_experiment(error, argv):
+            raise UserError(place) from error
+        if isinstance(error, (f.Error, AttributeError, KeyError, TypeError, ValueError)):
+            raise UserError(_flag_error(str(error), argv)) from error
+        raise
+
+
+def _place_in_experiment(error: Exception, argv: list[str]) -> str:
+    """The file, line and error, where the experiment file itself is what fails; empty where it is not."""
+    for argument in argv:
+        path = argument.removeprefix("-").removeprefix("-config=").partition(":")[0]
+        if not path.endswith(".py"):
+            continue
+        if isinstance(error, SyntaxError) and error.filename == path:
+            return f"{path}, line {error.lineno}: {error.msg}"
+        if isinstance(error, AttributeError) and "has no attribute 'get_config" in str(error):
+            return f"{path} has no function get_config(arg): see experiments/quickstart.py"
+        if lines := [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]:
+            return f"{path}, line {lines[-1]}: {type(error).__name__}: {' '.join(str(error).split())}"
+    return ""
+
+
+def _flag_error(text: str, argv: list[str]) -> str:
+    """What went wrong with a --config override, in one line that names the key."""
+    text = " ".join(text.replace("\\'", "'").replace("\\n", " ").split()).strip("'\"")
+    if text.startswith("flag --"):
+        return text.removeprefix("flag ")
+    for argument in argv:
+        key = argument.partition("=")[0]
+        if argument.startswith("--config.") and text.partition("'")[0].strip("'\"") in key.split(".")[1:]:
+            return f"unknown config key {key.removeprefix('--config.')}: {text.partition(' ')[2].lower()}"
+    return text
+
+
+def _experiment(flags: "FlagValues", rest: list[str], init_from: str = "") -> "Experiment":
+    """The resolved experiment that --config and its overrides describe."""
+    _none_left(rest)
+    given: Any = flags["config"]
+    file = given.config_filename if given.present else ""
+    if not file:
+        raise UserError("--config=FILE.py is missing: name an experiment, such as --config=experiments/quickstart.py")
+    if not os.path.exists(path := file.partition(":")[0]):
+        raise UserError(f"--config: there is no file {path}: see the ones in experiments/")
+    from llmlab.train.config import resolve
+
+    config = flags.config
+    if not hasattr(config, "to_dict"):
+        raise UserError(f"--config: get_config in {path} should return a ConfigDict: see experiments/quickstart.py")
+    if init_from:
+        config.run.init_from = init_from
+    return resolve(config)
+
+
+def _start_jax(flags: Any = None) -> None:
+    """Joins the other hosts, if any, and keeps what is compiled for the next start."""
+    import jax
+
+    from llmlab.core.compile_cache import look_over
+    from llmlab.core.distributed import connect
+    from llmlab.core.paths import cache_root
+
+    compiled = cache_root() / "compiled"
+    look_over(compiled)
+    atexit.register(look_over, compiled)
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if flags is not None:
+        connect(flags.coordinator, flags.processes, flags.process_id)
+
+
+def _required(flags: "FlagValues", name: str) -> str:
+    if not getattr(flags, name):
+        raise UserError(f"--{name} is missing: see `llmlab VERB --help`")
+    return getattr(flags, name)
+
+
+def _none_left(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"{rest[0]!r} is no flag: flags begin with --, as in --workdir=DIR")
+
+
+def _keep_baseline(run: "Run", xz: float) -> None:
+    """Notes the compressor's figure where the report looks for it."""
+    from llmlab.core.paths import write_atomic
+
+    path = run.workdir.path / "eval.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, json.dumps(known | {"xz_bits_per_byte": xz}, indent=2).encode())
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(
+        "train the model that an experiment file describes, or go on with it",
+        "--config=experiments/X.py[:ARG] --workdir=DIR [--config.section.key=value …]",
+        "Example:  llmlab train --config=experiments/quickstart.py --workdir=runs/quickstart --config.model.layers=6\n"
+        "\n"
+        "SIGTERM and Ctrl-C save and leave with code 75; a second Ctrl-C leaves at once. Under srun, mpirun or a\n"
+        "Kubernetes JobSet the same command runs on all hosts; --coordinator, --processes and --process_id set it\n"
+        "by hand.",
+        _define_train,
+        _train,
+    ),
+    "sample": Verb(
+        "let a trained model go on from a prompt",
+        "--workdir=DIR --prompt=TEXT",
+        "Example:  llmlab sample --workdir=runs/quickstart --prompt='def ' --temperature=0.8",
+        _define_sample,
+        _sample,
+    ),
+    "eval": Verb(
+        "held-out loss, perplexity and bits per byte; scores of local tasks",
+        "--workdir=DIR [--source=text --files=a.txt,b.txt] [--tasks=a.jsonl,b.jsonl]",
+        'A task is a file of rows {"question", "choices", "answer"} or {"question", "answer"}.',
+        _define_eval,
+        _eval,
+    ),
+    "check": Verb(
+        "is this machine computing it right? kernels, gradients on the mesh, restore",
+        "--config=experiments/X.py[:ARG] [--config.mesh.tensor=2 …]",
+        "Exits with 76 when something is wrong.",
+        _define_check,
+        _check,
+    ),
+    "report": Verb(
+        "write a run as one self-contained page, DIR/report.html", "--workdir=DIR", "", _define_report, _report
+    ),
+    "tokenize": Verb(
+        "show the tokens of a text, their ids, and bytes per token",
+        "--workdir=DIR|--model=FILE [TEXT]",
+        "Without TEXT it reads standard input.",
+        _define_tokenize,
+        _tokenize,
+    ),
+    "sweep": Verb(
+        "many runs from one experiment, as a table and a page of curves",
+        "--config=FILE --sweep='model.width=128,256;optimizer.learning_rate=1e-3,3e-3' --workdir=DIR",
+        "Skips what is done, and goes on past a run that fails.",
+        _define_sweep,
+        _sweep,
+    ),
+}
+
+
+def _overview() -> str:
+    lines = ["llmlab: from raw text to a language model.", "", "usage: llmlab VERB [--flag=value …]", ""]
+    lines += [f"  {name:10s} {verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join([*lines, "", "`llmlab VERB --help` says more."])
+
+
+def _page(name: str, flags: "FlagValues") -> str:
+    verb = VERBS[name]
+    lines = [f"llmlab {name}: {verb.summary}", "", f"usage: llmlab {name} {verb.usage}", ""]
+    shown = {flag for flag in flags if len(flag) > 1 and "." not in flag}
+    for flag in sorted(shown):
+        default = "" if flags[flag].default in (None, "", [], False) else f" (default {flags[flag].default})"
+        lines.append(f"  --{flag:20s} {flags[flag].help}{default}")
+    return "\n".join([*lines, "", verb.details]).rstrip()
