@@ -1,7 +1,7 @@
 """Attention: the contract, and which version answers it.
 
 Versions: `reference` (obviously right, every score in memory), `short` (fast on CPU, weights kept, memory T * S),
-`blockwise` (memory linear in length), `decode` (T = 1 on CPU) and `cudnn` (NVIDIA GPU, few options).
+`blockwise` (memory linear in length) and `cudnn` (NVIDIA GPU, few options).
 """
 
 import jax
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from llmlab.core.errors import UserError, nearest
 from llmlab.kernels.attention_blockwise import blockwise
 from llmlab.kernels.attention_cudnn import cudnn, refusal
-from llmlab.kernels.attention_decode import decode
 from llmlab.kernels.attention_mask import Mask
 from llmlab.kernels.attention_reference import reference
 from llmlab.kernels.attention_short import short
 
-IMPLEMENTATIONS = ("auto", "reference", "short", "blockwise", "decode", "cudnn")
+IMPLEMENTATIONS = ("auto", "reference", "short", "blockwise", "cudnn")
 # Scores of one head up to which `short` wins forward and backward, measured on 2 CPU cores: at 2048 * 2048 it loses.
 SHORT_SCORES = 1024 * 1024
 # Scores of all heads and rows that it may keep for the backward pass, in each layer: 256 MB of float32.
@@ -72,9 +71,7 @@ def attention(
         if why_not_cudnn is not None:
             raise UserError(f"attention implementation 'cudnn' cannot do this: {why_not_cudnn}; use 'auto'")
         return cudnn(q_BTNH, k_BSKH, v_BSKH, mask, scale=scale)
-    if implementation == "decode" and q_BTNH.shape[1] != 1:
-        raise UserError(f"attention implementation 'decode' takes one query a row, not {q_BTNH.shape[1]}; use 'auto'")
-    versions = {"reference": reference, "short": short, "blockwise": blockwise, "decode": decode}
+    versions = {"reference": reference, "short": short, "blockwise": blockwise}
     if implementation not in versions:
         raise UserError(
             f"unknown attention implementation {implementation!r}: {nearest(implementation, IMPLEMENTATIONS)}"
@@ -85,8 +82,9 @@ def attention(
 def _choose(q_BTNH: jax.Array, k_BSKH: jax.Array, platform: str, cudnn_can: bool) -> str:
     (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
     if T == 1:
-        # Off the CPU a product reads a cache in any layout, so the reference's grouped einsum is already lean.
-        return "decode" if platform == "cpu" else "reference"
+        # On CPU `short` reads a cache that lies as [B, K, S, H] in place. Elsewhere a product reads any layout, so the
+        # reference's grouped einsum is already lean.
+        return "short" if platform == "cpu" else "reference"
     if cudnn_can:
         return "cudnn"
     return "short" if T * S <= SHORT_SCORES and B * N * T * S <= SHORT_SCORES_IN_ALL else "blockwise"

@@ -119,15 +119,13 @@ class Attention(Layer):
         k_BSKH = self.constrain(k_BTKH, "batch", None, "act_heads", None)
         v_BSKH = self.constrain(v_BTKH, "batch", None, "act_heads", None)
         k_positions_BS, k_segment_ids_BS = inputs.positions_BT, inputs.segment_ids_BT
-        q_segment_ids_BT, same_rows, implementation = inputs.segment_ids_BT, True, c.attention
+        q_segment_ids_BT, same_rows = inputs.segment_ids_BT, True
         if cache is not None:
             assert lengths_B is not None
             k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS, cache = self._through_cache(
                 k_BSKH, v_BSKH, inputs, lengths_B, cache
             )
             q_segment_ids_BT, same_rows = (q_segment_ids_BT > 0).astype(jnp.int32), False
-            if x_BTD.shape[1] == 1 and implementation == "auto" and jax.default_backend() == "cpu":
-                implementation = "short"  # reads the cache as it lies, [B, K, S, H]; the others would transpose it
         out_BTNH = attention(
             q_BTNH,
             k_BSKH,
@@ -138,7 +136,7 @@ class Attention(Layer):
             k_segment_ids_BS=k_segment_ids_BS,
             window=self.window,
             softcap=c.attention_softcap,
-            implementation=implementation,
+            implementation=c.attention,
             rows_in_order=same_rows,
         )
         shape, axes = (c.heads, c.H, c.width), ("heads", "head_dim", "embed")
