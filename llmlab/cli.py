@@ -156,8 +156,9 @@ def _train(flags: "FlagValues", rest: list[str]) -> None:
     from llmlab.train.launch import launch
     from llmlab.workdir.files import Workdir
 
-    workdir = Workdir(_required(flags, "workdir"))
-    finished = launch(experiment, workdir, _hooks, arguments=sys.argv[2:])
+    given: Any = flags["config"]
+    arguments = [f"--config={given.config_filename}", *_overrides(flags)]
+    finished = launch(experiment, Workdir(_required(flags, "workdir")), _hooks, arguments=arguments)
     if jax.process_index() == 0:
         _summarise(finished)
 
@@ -254,7 +255,7 @@ def _sweep(flags: "FlagValues", rest: list[str]) -> None:
     check_keys(grid, flags.config)
     given: Any = flags["config"]
     file, workdir = given.config_filename, Path(_required(flags, "workdir"))
-    overrides = [f"--config.{key}={value}" for key, value in given.override_values.items()]
+    overrides = _overrides(flags)
 
     def check(settings: dict[str, str]) -> Any:
         changed = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -448,6 +449,12 @@ def _experiment(flags: "FlagValues", rest: list[str], init_from: str = "") -> "E
     if init_from:
         config.run.init_from = init_from
     return resolve(config)
+
+
+def _overrides(flags: "FlagValues") -> list[str]:
+    """The --config.section.key=value flags that were given."""
+    given: Any = flags["config"]
+    return [f"--config.{key}={value}" for key, value in given.override_values.items()]
 
 
 def _start_jax(flags: Any = None) -> None:

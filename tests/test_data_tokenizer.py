@@ -186,6 +186,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_ids_that_only_the_model_has_stand_for_no_text(bpe: Tokenizer, character: Tokenizer):
+    foreign = SentencePieceTokenizer(trained_elsewhere(add_dummy_prefix=True))
+    for tokenizer, text in ((bpe, "a b"), (character, "hello"), (foreign, "return")):
+        ids = tokenizer.encode(text)
+        beyond = [tokenizer.vocab_size, *ids, tokenizer.vocab_size + 7]
+        assert tokenizer.decode(beyond) == text
+        assert tokenizer.decode_bytes(beyond) == tokenizer.decode_bytes(ids)
+
+
 def test_a_model_that_normalises_is_used_as_it_is():
     model = trained_elsewhere(normalization_rule_name="nmt_nfkc", add_dummy_prefix=True, remove_extra_whitespaces=True)
     processor, foreign = sentencepiece.SentencePieceProcessor(model_proto=model), SentencePieceTokenizer(model)

@@ -91,7 +91,10 @@ class Tokenizer(Protocol):
         """The ids of each text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: control ids give nothing, an incomplete character gives U+FFFD."""
+        """The text of `ids`: control ids give nothing, an incomplete character gives U+FFFD.
+
+        Nor do ids past the vocabulary: a model may have more of them than its tokenizer.
+        """
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of each id, one after the other, so that a stream can hold back an incomplete character."""
@@ -176,10 +179,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         if self.lossless:
             return self.decode_bytes(ids).decode(errors="replace")
-        return self._processor.decode([int(i) for i in ids])
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._bytes[i] for i in ids)
+        return b"".join(self._bytes[i] for i in ids if i < self.vocab_size)
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(text) for text in self._bytes], np.int32)

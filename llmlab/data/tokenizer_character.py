@@ -45,7 +45,7 @@ class CharacterTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self._texts[i] for i in ids)
+        return "".join(self._texts[i] for i in ids if i < self.vocab_size)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self.decode(ids).encode()
