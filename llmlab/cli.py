@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import io
 import itertools
 import json
 import logging
@@ -44,6 +45,9 @@ class Verb(NamedTuple):
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale may lack what a text contains
     code = run(sys.argv)
     if code not in (0, EXIT_STOPPED_AND_SAVED) and "jax" in sys.modules:
         from llmlab.core.distributed import leave_if_several
@@ -193,7 +197,7 @@ def _hooks(run: "Run") -> "Hooks":
             path=run.workdir.samples / f"{int(state.step)}.txt",
         )
 
-    return Hooks(evaluate, sample if settings.sample_every else None)
+    return Hooks(evaluate, sample)
 
 
 def _summarise(run: "Run") -> None:
@@ -213,6 +217,7 @@ def _summarise(run: "Run") -> None:
 
 def _define_check(flags: "FlagValues", argv: list[str]) -> None:
     _define_config(flags, argv)
+    _define_workdir(flags, "A folder that all hosts share; needed on several hosts.")
     _define_hosts(flags)
 
 
@@ -227,7 +232,7 @@ def _check(flags: "FlagValues", rest: list[str]) -> None:
 
     partition = make_partition(experiment.mesh)
     wrong = 0
-    for row in check_experiment(experiment, partition):
+    for row in check_experiment(experiment, partition, flags.workdir or None):
         wrong += not row.ok
         if jax.process_index() == 0:
             verdict = "ok   " if row.ok else "WRONG"
@@ -522,7 +527,7 @@ VERBS: dict[str, Verb] = {
     ),
     "check": Verb(
         "is this machine computing it right? kernels, gradients on the mesh, restore",
-        "--config=experiments/X.py[:ARG] [--config.mesh.tensor=2 …]",
+        "--config=experiments/X.py[:ARG] [--config.mesh.tensor=2 …] [--workdir=DIR]",
         "Exits with 76 when something is wrong.",
         _define_check,
         _check,

@@ -52,7 +52,10 @@ def test_sharding_follows_the_rules():
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
         ({"KUBERNETES_SERVICE_HOST": "h"}, None),
         ({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}, "Kubernetes"),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS",
+        ),
     ],
 )
 def test_launchers_are_known_by_their_environment(environment, launcher):

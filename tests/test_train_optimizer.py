@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from llmlab.core.errors import UserError
+from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.model.transformer import make_model
 from llmlab.train.optimizer import OptimizerConfig, is_matrix, make_optimizer, make_schedule
+from llmlab.train.state import start, state_shardings
 from tests.helpers import random_params, tiny_gpt2, tiny_llama
 
 
@@ -35,19 +37,20 @@ def test_how_each_schedule_ends():
     np.testing.assert_allclose(rates(schedule="constant")[4:], 1.0)
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_matrices_decay(name):
     model = make_model(tiny_gpt2(qk_norm=True))
     params = random_params(model)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    config = OptimizerConfig(learning_rate=0.5, warmup=0, schedule="constant", weight_decay=0.2)
+    config = OptimizerConfig(name=name, learning_rate=0.5, warmup=0, schedule="constant", weight_decay=0.2)
     optimizer = make_optimizer(config, 10, model.axes)
-    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     for (path, update), weight in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
     ):
-        name = jax.tree_util.keystr(path)
-        vector = "bias" in name or "scale" in name
-        np.testing.assert_allclose(update, 0 * weight if vector else -0.5 * 0.2 * weight, rtol=1e-6, err_msg=name)
+        leaf = jax.tree_util.keystr(path)
+        vector = "bias" in leaf or "scale" in leaf
+        np.testing.assert_allclose(update, 0 * weight if vector else -0.5 * 0.2 * weight, rtol=1e-6, err_msg=leaf)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +85,31 @@ def test_muon_turns_each_layers_matrix_by_itself():
     assert np.ptp(np.abs(embedding)) < 1e-3  # Adam's first step is the sign, whatever the gradient's size
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_lie_where_their_weights_do(name):
+    partition = make_partition(MeshConfig(fsdp=4, tensor=2))
+    model = make_model(tiny_llama(), partition)
+    optimizer = make_optimizer(OptimizerConfig(name=name), 10, model.axes)
+    state = jax.eval_shape(lambda key: start(model.init(key), optimizer, window=4, ema=True), jax.random.key(0))
+    shardings = state_shardings(model, state)
+    for (path, leaf), sharding in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(shardings), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim > 1 and "scale" not in name and "window" not in name:
+            assert "fsdp" in sharding.spec, name
+
+
 @pytest.mark.parametrize(
-    "overrides", [dict(learning_rate=-1.0), dict(beta1=1.0), dict(final=2.0), dict(accumulate=0), dict(clip=-1.0)]
+    "overrides",
+    [
+        dict(learning_rate=-1.0),
+        dict(beta1=1.0),
+        dict(final=2.0),
+        dict(accumulate=0),
+        dict(clip=-1.0),
+        dict(weight_decay=float("nan")),
+    ],
 )
 def test_impossible_settings_are_refused(overrides):
     with pytest.raises(UserError, match=next(iter(overrides))):

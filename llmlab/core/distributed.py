@@ -5,13 +5,19 @@ The same command runs under `srun`, `mpirun` or a Kubernetes JobSet; explicit fl
 
 import logging
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import jax
+import numpy as np
 
 from llmlab.core.errors import UserError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def detect(environment: Mapping[str, str]) -> str | None:
@@ -21,7 +27,8 @@ def detect(environment: Mapping[str, str]) -> str | None:
         value = environment.get(name, "")
         return int(value) if value.isdigit() else 0
 
-    if count("JAX_NUM_PROCESSES") > 1 and "JAX_COORDINATOR_ADDRESS" in environment:
+    by_hand = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID")
+    if count("JAX_NUM_PROCESSES") > 1 and all(name in environment for name in by_hand):
         return "JAX_COORDINATOR_ADDRESS"
     if count("SLURM_NTASKS") > 1 and "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
         return "SLURM"
@@ -68,6 +75,45 @@ def connect(coordinator: str = "", processes: int = 0, process_id: int = -1) -> 
     except (RuntimeError, ValueError) as error:
         raise UserError(f"could not join the processes that {launcher} describes: {first_line(error)}") from error
     log.info("%s: process %d of %d", launcher, jax.process_index(), jax.process_count())
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every process; where it fails on one, all of them stop, instead of waiting for that one.
+
+    Raises:
+      UserError: it failed on another process; or whatever it raised on this one.
+    """
+    if jax.process_count() == 1:
+        return action()
+    from jax.experimental.multihost_utils import process_allgather
+
+    error: Exception | None = None
+    try:
+        result = action()
+    except Exception as raised:
+        error = raised
+    failed_P = np.asarray(process_allgather(np.int32(error is not None)))
+    if error is not None:
+        raise error
+    if failed_P.any():
+        raise UserError(f"process {int(np.argmax(failed_P))} stopped: its own message says why")
+    return result
+
+
+def leave_if_several(code: int) -> None:
+    """Ends this process at once if it is one of several: an orderly end would wait minutes for the others."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(2)  # With it goes the service that they all need: those that stop too do so by themselves.
+        os._exit(code)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` only says that another process of this run has ended."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "heartbeat timeout")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def first_line(error: BaseException) -> str:

@@ -73,7 +73,9 @@ class MeshConfig:
         fixed = math.prod(size for size in sizes if size != -1)
         if devices % fixed or (-1 not in sizes and fixed != devices):
             asked = "×".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size != 1)
-            raise UserError(f"mesh {asked} does not fit {devices} devices: the product of its axes must divide them")
+            raise UserError(
+                f"mesh {asked} does not fit {devices} devices: their product should be that, or divide it and one be -1"
+            )
         return tuple(devices // fixed if size == -1 else size for size in sizes)
 
 

@@ -15,7 +15,10 @@ Cache = dict[str, Any]
 
 
 class Inputs(NamedTuple):
-    """What a model reads. Segment 0 is padding; tokens attend within their segment only, in order of position."""
+    """What a model reads. Segment 0 is padding; tokens attend within their segment only, and to what came before.
+
+    Without a cache, segments are contiguous and positions rise by one within each. With one, a row is one document.
+    """
 
     tokens_BT: jax.Array
     positions_BT: jax.Array
@@ -38,7 +41,7 @@ class Model(NamedTuple):
     apply(params, inputs, *, cache=None, key=None) -> Out.
     head(params) -> w_DV, the unembedding in the compute dtype; soft-cap and temperature are the reader's to apply.
     logits(params, tokens_BT) -> logits_BTV in at least float32: for looking; objectives never hold [B, T, V].
-    init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens.
+    init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens; more must not be fed to it.
     unstack(params) -> the same weights with one entry a layer, for steps so short that splitting stacks would cost.
     axes: the logical axes of every parameter, a tree like the parameters'.
     """

@@ -8,7 +8,6 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
@@ -52,8 +51,3 @@ def product(x: jax.Array, leaf: Any, shape: tuple[int, ...], dims_in: int, *, fl
     else:
         out = flat @ leaf.reshape(size_in, math.prod(shape[dims_in:])).astype(x.dtype)
     return out.reshape(*batch, *shape[dims_in:])
-
-
-def astype(tree: Any, dtype: DTypeLike) -> Any:
-    """All floating-point arrays of a tree in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

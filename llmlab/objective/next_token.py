@@ -30,7 +30,7 @@ class NextTokenConfig:
     logprobs: Literal["auto", "plain", "chunked"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.z_loss < 0:
+        if not self.z_loss >= 0:
             raise UserError(f"objective.z_loss={self.z_loss} should be 0 (off) or more, such as 1e-4")
 
     def make(self, model: Model, token_bytes_V: Any) -> Loss:

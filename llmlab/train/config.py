@@ -18,6 +18,7 @@ from llmlab.objective import OBJECTIVES, NextTokenConfig
 from llmlab.train.optimizer import OptimizerConfig
 
 SAMPLE_PROMPTS = ("def ", "The ")
+BEST = ("eval/loss", "eval/bits_per_byte", "eval/perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,13 @@ class RunConfig:
     """How long, how often, from where.
 
     steps: in all. seed: of initialisation and of the order of data. log_every, eval_every, sample_every,
-    checkpoint_every: in steps; 0 is never (a run that ends or is stopped is always saved). eval_batches: of the
+    checkpoint_every: in steps; 0 is never (a run that ends is always evaluated; one that ends or is stopped is always
+    saved). eval_batches: of the
     held-out split at each evaluation; 0 is all of it, and the last evaluation always sees all of it. keep: the last
     checkpoints; keep_every: also every one at a multiple of so many steps; best: also the one with the lowest such
-    metric (`eval/loss`). init_from: a workdir whose weights to start from. sample_prompts, sample_tokens: what the
-    model is asked to continue while it trains. tensorboard: write its event files too.
+    metric (`eval/loss`), of those evaluated on the same text. init_from: a workdir whose weights to start from.
+    sample_prompts, sample_tokens: what the model is asked to continue while it trains. tensorboard: write its event
+    files too.
     """
 
     steps: int = 1000
@@ -139,8 +142,13 @@ def _check_together(experiment: Experiment) -> None:
             f"optimizer.accumulate={optimizer.accumulate} does not divide data.batch_size={data.batch_size}: "
             f"try data.batch_size={-(-data.batch_size // optimizer.accumulate) * optimizer.accumulate}"
         )
-    if run.best and not run.eval_every:
-        raise UserError(f"run.best={run.best!r} needs evaluations: set run.eval_every")
+    if run.best and run.best not in BEST:
+        raise UserError(f"run.best={run.best!r} is not evaluated: {nearest(run.best, BEST)}")
+    if run.best and (not run.eval_every or not run.checkpoint_every or run.checkpoint_every % run.eval_every):
+        raise UserError(
+            f"run.best={run.best!r} needs an evaluation at every checkpoint: run.eval_every={run.eval_every} should "
+            f"divide run.checkpoint_every={run.checkpoint_every}"
+        )
     if run.sample_every and run.sample_tokens >= model.max_positions:
         raise UserError(
             f"run.sample_tokens={run.sample_tokens} should be less than model.max_positions={model.max_positions}"

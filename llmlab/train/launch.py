@@ -3,24 +3,30 @@
 Whatever can be refused is refused in the order of what it costs: the config, the workdir, the data, the kernels.
 """
 
+import contextlib
 import dataclasses
 import functools
+import json
 import logging
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
 from llmlab.core.arrays import named_key
 from llmlab.core.config import to_json
-from llmlab.core.errors import Tripwire, UserError
+from llmlab.core.distributed import together
+from llmlab.core.errors import DiskFull, Tripwire, UserError
 from llmlab.core.mesh import Partition, make_partition
-from llmlab.core.paths import cache_root
+from llmlab.core.paths import cache_root, write_atomic
 from llmlab.data.pipeline import TextSource, TokenBatch, evaluation_batches
 from llmlab.data.prepare import data_fingerprint, prepare_parts, tokenizer_for
-from llmlab.data.tokenizer import Tokenizer
+from llmlab.data.sources import source_paths
+from llmlab.data.tokenizer import Tokenizer, load_tokenizer
 from llmlab.kernels.check import checked_once
 from llmlab.model.cost import abstract_params, flops_per_token, parameter_count
 from llmlab.model.transformer import make_model
@@ -28,15 +34,15 @@ from llmlab.model.types import Model, Params
 from llmlab.objective.next_token import Loss
 from llmlab.train.check import kernel_checks, kernel_rows
 from llmlab.train.config import Experiment, check_mesh
-from llmlab.train.loop import Hooks, run_loop
+from llmlab.train.loop import Hooks, Meter, run_loop
 from llmlab.train.optimizer import make_optimizer, make_schedule
 from llmlab.train.progress import Progress, peak_flops, thousands
 from llmlab.train.state import TrainState, init_state, start, state_shardings
 from llmlab.train.step import make_step
 from llmlab.workdir.checkpoints import Checkpoints
 from llmlab.workdir.files import Workdir
-from llmlab.workdir.metrics import MetricsLog, TensorBoardLog
-from llmlab.workdir.open import weights_for
+from llmlab.workdir.metrics import MetricsLog, TensorBoardLog, check_tensorboard
+from llmlab.workdir.open import check_has_weights, weights_for
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,7 @@ def launch(
     partition = make_partition(experiment.mesh)
     check_mesh(experiment, partition)
     experiment = _with_known_vocabulary(experiment, workdir)
-    _on_first_host(lambda: workdir.claim(to_json(experiment)))
+    together(functools.partial(_claim, experiment, workdir))
     try:
         return _launch_claimed(experiment, workdir, partition, make_hooks, arguments or [])
     finally:
@@ -78,27 +84,21 @@ def _launch_claimed(
     make_hooks: Callable[[Run], Hooks],
     arguments: list[str],
 ) -> Run:
-    first = jax.process_index() == 0
+    first, begin = jax.process_index() == 0, time.monotonic()
     progress = Progress(experiment.run.steps, quiet=not first)
-    run, source = _assemble(experiment, workdir, partition, progress)
+    run, source = together(functools.partial(_begin, experiment, workdir, partition, progress, arguments))
+    _check_same_on_every_host(run)
     experiment, settings = run.experiment, run.experiment.run
-    check_kernels(experiment)
-    if first:
-        facts = {
-            "data": data_fingerprint(experiment.data),
-            "parameters": parameter_count(abstract_params(run.model)),
-            "arguments": arguments,
-        }
-        _check_same_data(workdir, facts["data"])
-        workdir.write_config(to_json(experiment), facts)
-        run.tokenizer.save(workdir.tokenizer)
+    tokens = experiment.data.batch_size * experiment.data.sequence_length
+    flops = tokens * flops_per_token(experiment.model, experiment.data.sequence_length)
+    peak = peak_flops(jax.devices()[0].device_kind)
+    meter = Meter(tokens, flops, peak, preparing=time.monotonic() - begin)
     checkpoints = Checkpoints(
         workdir.checkpoints, keep=settings.keep, keep_every=settings.keep_every, best=settings.best
     )
     logs = _Logs(workdir, settings.tensorboard) if first else _NoLog()
     try:
         state, step_fn = _prepare_state(run, checkpoints, progress)
-        tokens = experiment.data.batch_size * experiment.data.sequence_length
         run_loop(
             experiment,
             state,
@@ -108,16 +108,48 @@ def _launch_claimed(
             log=logs,
             saver=checkpoints,
             progress=progress,
+            meter=meter,
             evaluated_before=bool(broadcast_one_to_all(np.int32(logs.goes_on_from(int(state.step))))),
-            flops_per_step=tokens * flops_per_token(experiment.model, experiment.data.sequence_length),
-            peak_flops=peak_flops(jax.devices()[0].device_kind),
         )
     finally:
         progress.close()
         source.close()
         checkpoints.close()
         logs.close()
+        if first:
+            _add_seconds(workdir, meter.seconds())
     return run
+
+
+def _claim(experiment: Experiment, workdir: Workdir) -> None:
+    """Refuses what is missing before anything is made, then holds the folder."""
+    for part, _ in experiment.data.parts():
+        source_paths(part)
+    if experiment.run.init_from and not workdir.config.exists():
+        check_has_weights(experiment.run.init_from)
+    if experiment.run.tensorboard:
+        check_tensorboard()
+    if jax.process_index() == 0:
+        workdir.claim(to_json(experiment))
+
+
+def _begin(
+    experiment: Experiment, workdir: Workdir, partition: Partition, progress: Progress, arguments: list[str]
+) -> tuple[Run, TextSource]:
+    """Data, model and loss, and what the workdir says of them; no process waits for another in here."""
+    run, source = _assemble(experiment, workdir, partition, progress)
+    _check_same_tokenizer(run)
+    check_kernels(run.experiment)
+    if jax.process_index() == 0:
+        facts = {
+            "data": data_fingerprint(run.experiment.data),
+            "parameters": parameter_count(abstract_params(run.model)),
+            "arguments": arguments,
+        }
+        _check_same_data(workdir, facts["data"])
+        workdir.write_config(to_json(run.experiment), facts)
+        run.tokenizer.save(workdir.tokenizer)
+    return run, source
 
 
 def check_kernels(experiment: Experiment) -> None:
@@ -200,19 +232,7 @@ def _prepare_state(run: Run, checkpoints: Checkpoints, progress: Progress) -> tu
         state = jax.jit(fresh, out_shardings=shardings)(key)
     progress.say(f"{thousands(parameter_count(state.trainable))} parameters; compiling the step …")
     step = make_step(run.loss, optimizer, schedule, config, seed=settings.seed, partition=run.partition)
-    return state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def _on_first_host(action: Callable[[], None]) -> None:
-    """Runs `action` on process 0; if it fails there, every other process stops too, instead of waiting for it."""
-    error: UserError | None = None
-    if jax.process_index() == 0:
-        try:
-            action()
-        except UserError as raised:
-            error = raised
-    if broadcast_one_to_all(np.int32(error is not None)):
-        raise error or UserError("process 0 refused to start: see its message")
+    return state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.partition.sharding()))
 
 
 def _with_known_vocabulary(experiment: Experiment, workdir: Workdir) -> Experiment:
@@ -221,6 +241,40 @@ def _with_known_vocabulary(experiment: Experiment, workdir: Workdir) -> Experime
         return experiment
     size = workdir.read_config()["config"].get("model", {}).get("vocab_size", 0)
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=size))
+
+
+def _check_same_tokenizer(run: Run) -> None:
+    """Weights read ids: another tokenizer of the same size would fit their shapes, and mean nothing."""
+    weights = run.workdir if run.workdir.tokenizer.exists() else None
+    if weights is None and run.experiment.run.init_from:
+        weights = Workdir(run.experiment.run.init_from)
+    if weights is not None and load_tokenizer(weights.tokenizer).fingerprint != run.tokenizer.fingerprint:
+        raise UserError(
+            f"the weights of {weights.path} were trained with another tokenizer than this data makes: "
+            f"set --config.data.tokenizer.file={weights.tokenizer}"
+        )
+
+
+def _check_same_on_every_host(run: Run) -> None:
+    """Hosts whose files, Python or caches differ would assemble one batch of several corpora, without a word."""
+    if jax.process_count() == 1:
+        return
+    mine = f"{data_fingerprint(run.experiment.data)} {run.tokenizer.fingerprint}"
+    hashes_P = np.asarray(process_allgather(np.uint32(zlib.crc32(mine.encode()))))
+    if len(set(hashes_P.tolist())) > 1:
+        raise UserError(f"the hosts read different data or tokenizers (hashes {hashes_P.tolist()}): give all the same")
+
+
+def _add_seconds(workdir: Workdir, seconds: dict[str, float]) -> None:
+    """Adds this start's wall time by phase to that of the starts before, for the report."""
+    path = workdir.path / "time.json"
+    try:
+        before = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        before = {}
+    total = {name: before.get(name, 0.0) + seconds.get(name, 0.0) for name in {**before, **seconds}}
+    with contextlib.suppress(DiskFull):  # a full disk has been reported by what stopped the run
+        write_atomic(path, json.dumps(total).encode())
 
 
 def _check_same_data(workdir: Workdir, fingerprint: object) -> None:

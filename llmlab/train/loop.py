@@ -1,7 +1,8 @@
 """The one loop. Whatever the stage, its order is fixed: evaluate, save, next batch, step, log the previous step."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -60,9 +61,8 @@ def run_loop(
     log: Log,
     saver: Saver,
     progress: Progress,
+    meter: "Meter",
     evaluated_before: bool = False,
-    flops_per_step: float = 0.0,
-    peak_flops: float | None = None,
 ) -> TrainState:
     """Trains from `state` to `run.steps`; `evaluated_before` says that the log has this state's evaluation already.
 
@@ -71,8 +71,7 @@ def run_loop(
       Tripwire: too many steps in a row were skipped; the last good state is committed.
       DiskFull: a save or a row of metrics found no room.
     """
-    run, data = experiment.run, experiment.data
-    meter = Meter(data.batch_size * data.sequence_length, flops_per_step, peak_flops)
+    run = experiment.run
     pending: tuple[int, Metrics] | None = None
     step = int(state.step)
     start = step
@@ -85,58 +84,77 @@ def run_loop(
             _log(logged, metrics, experiment, meter, log, progress)
 
     with StopRequest() as stop:
-        while True:
-            saver.check()
-            last, stopping, evaluated = step == run.steps, stop.at(step), {}
-            known = evaluated_before and step == start
-            if hooks.evaluate and (_due(step, run.eval_every) or last) and not known:
+        try:
+            while True:
+                saver.check()
+                last, stopping, evaluated = step == run.steps, stop.at(step), {}
+                beside = not stopping or last  # who stops us may not wait for more than a save
+                known = evaluated_before and step == start
+                if hooks.evaluate and (_due(step, run.eval_every) or last) and not known and beside:
+                    flush()
+                    with meter.phase("evaluating"):
+                        evaluated = {f"eval/{k}": v for k, v in hooks.evaluate(state, last).items()}
+                    log.append({"step": step, **evaluated})
+                    progress.say(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
+                if (
+                    hooks.sample
+                    and run.sample_every
+                    and (_due(step, run.sample_every) or last)
+                    and beside
+                    and step > start
+                ):
+                    flush()
+                    with meter.phase("sampling"):
+                        hooks.sample(state)
+                if step > start and (_due(step, run.checkpoint_every) or last or stopping):
+                    flush()
+                    comparable = {} if last and run.eval_batches else evaluated  # the last one sees more text
+                    with meter.phase("saving"):
+                        saver.save(step, state._asdict(), comparable, wait=last or stopping)
+                if last:
+                    return state
+                if stopping:
+                    raise StoppedAndSaved(f"stopped at step {step} of {run.steps}; the same command goes on from there")
+                with meter.phase("waiting for data"):
+                    batch = source.next(step, state)
+                with jax.transfer_guard("disallow"), meter.phase("compiling") if step == start else nullcontext():
+                    state, metrics = step_fn(state, batch)
+                step += 1
                 flush()
-                with meter:
-                    evaluated = hooks.evaluate(state, last)
-                log.append({"step": step, **{f"eval/{name}": value for name, value in evaluated.items()}})
-                progress.say(f"step {step}  " + "  ".join(f"held-out {k} {v:.4f}" for k, v in evaluated.items()))
-            if hooks.sample and (_due(step, run.sample_every) or last) and step > start:
-                flush()
-                with meter:
-                    hooks.sample(state)
-            if step > start and (_due(step, run.checkpoint_every) or last or stopping):
-                flush()
-                named = {f"eval/{name}": value for name, value in evaluated.items()}
-                with meter:
-                    saver.save(step, state._asdict(), named, wait=last or stopping)
-            if last:
-                return state
-            if stopping:
-                raise StoppedAndSaved(f"stopped at step {step} of {run.steps}; the same command goes on from there")
-            batch = source.next(step, state)
-            with jax.transfer_guard("disallow"):
-                state, metrics = step_fn(state, batch)
-            step += 1
-            try:
-                flush()
-            except Tripwire:
-                saver.save(step, state._asdict(), wait=True)
-                raise
-            pending = (step, metrics)
+                pending = (step, metrics)
+        except Tripwire:
+            # The steps that tripped it changed no weight.
+            saver.save(step, state._asdict(), wait=True)
+            raise
 
 
 class Meter:
-    """Tokens per second and model FLOP utilisation between logged rows, evaluation and saving left out.
+    """Where the time goes, by phase; tokens per second and model FLOP utilisation while training."""
 
-    As a context, the time inside does not count.
-    """
-
-    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None) -> None:
+    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None, preparing: float = 0.0) -> None:
         self.tokens_per_step = tokens_per_step
+        self._seconds = {"preparing": preparing}
+        self._begin = time.monotonic() - preparing
         self._flops, self._peak = flops_per_step, peak
         self._since: tuple[float, int] | None = None
         self._pause = 0.0
 
-    def __enter__(self) -> None:
-        self._paused_at = time.monotonic()
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A context whose time counts as this phase; all but waiting for data is no part of the rates."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            passed = time.monotonic() - begin
+            self._seconds[name] = self._seconds.get(name, 0.0) + passed
+            if name != "waiting for data":
+                self._pause += passed
 
-    def __exit__(self, *_: object) -> None:
-        self._pause += time.monotonic() - self._paused_at
+    def seconds(self) -> dict[str, float]:
+        """Wall seconds so far by phase; what no phase claims is the steps themselves."""
+        rest = time.monotonic() - self._begin - sum(self._seconds.values())
+        return {**self._seconds, "training": rest}
 
     def read(self, step: int) -> dict[str, float]:
         """The rates since the last reading; the first steps after a start, which compile, give none."""
@@ -164,7 +182,9 @@ def _log(step: int, metrics: Metrics, experiment: Experiment, meter: Meter, log:
         return
     values.pop("skipped_in_a_row")
     targets = values.pop("tokens")
-    row = {"step": step, "tokens": step * meter.tokens_per_step, "targets": targets, **values, **meter.read(step)}
+    first = {name: values.pop(name) for name in ("loss", "bits_per_byte") if name in values}
+    counts = {"step": step, "tokens": step * meter.tokens_per_step, "targets": targets}
+    row = {**counts, **first, **values, **meter.read(step)}
     log.append(row)
     progress.show(row)
 

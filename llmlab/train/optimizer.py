@@ -17,7 +17,8 @@ class OptimizerConfig:
     Schedule: `warmup` linear steps to `learning_rate`, then cosine, linear, constant, or wsd (warm-up, stable, decay:
     linear over the last `decay` share of the run), down to final · learning_rate.
     Adam: beta1, beta2, epsilon. weight_decay is decoupled and times the learning rate, on matrices only.
-    Muon: momentum; its updates are scaled to AdamW's root mean square, so that one learning rate serves both.
+    Muon: momentum, Nesterov's here as in Adam's part; its updates are scaled to AdamW's root mean square, so that one
+    learning rate serves both.
     clip: the largest global gradient norm; 0 is off. accumulate: microbatches a step. ema: decay of an exponential
     average of the weights, which evaluation and samples then use; 0 is off.
     A step is skipped when its loss or gradient norm is not finite, or lies more than `skip_sigma` standard deviations
@@ -53,8 +54,8 @@ class OptimizerConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is a share: from 0 to 1")
         for name in ("warmup", "weight_decay", "clip", "skip_sigma"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} should not be negative")
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} should be 0 or more")
         for name in ("accumulate", "skip_window", "max_skips"):
             if getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} should be at least 1")
@@ -92,22 +93,25 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.GradientTransformation:
     """The transformation for weights with these logical axes; clipping is the step's, which knows the norm already."""
-    schedule = make_schedule(config, steps)
     decays = jax.tree.map(is_matrix, axes, is_leaf=is_axes)
     if config.name == "adamw":
-        return optax.adamw(
-            schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decays
+        direction = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    else:
+        muon = optax.contrib.muon(
+            1.0,
+            beta=config.momentum,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.epsilon,
+            muon_weight_dimension_numbers=jax.tree.map(_muon_dimensions, axes, is_leaf=is_axes),
+            consistent_rms=0.2,
         )
-    return optax.contrib.muon(
-        schedule,
-        beta=config.momentum,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=decays,
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=jax.tree.map(_muon_dimensions, axes, is_leaf=is_axes),
-        consistent_rms=0.2,
+        # Its own decay would reach norms and biases, which Adam updates there: decay is ours, below.
+        direction = optax.chain(muon, optax.scale(-1.0))
+    return optax.chain(
+        direction,
+        optax.add_decayed_weights(config.weight_decay, decays),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
     )
 
 

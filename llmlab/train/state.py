@@ -85,8 +85,10 @@ def state_shardings(model: Model, state: TrainState) -> TrainState:
 
     def choose(path: Any, leaf: Any) -> jax.sharding.Sharding:
         # An optimizer keeps trees like the parameters' inside states of its own: go by the end of the path.
-        keys = [key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        sharding = by_path.get(jax.tree_util.keystr(tuple(keys)))
-        return sharding if sharding is not None and len(sharding.spec) <= leaf.ndim and leaf.ndim else replicated
+        for begin in range(len(path)):
+            sharding = by_path.get(jax.tree_util.keystr(path[begin:]))
+            if sharding is not None and len(sharding.spec) == leaf.ndim:
+                return sharding
+        return replicated
 
     return jax.tree_util.tree_map_with_path(choose, state)

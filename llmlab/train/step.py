@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmlab.core.arrays import Mean, Metrics, global_norm, named_key
+from llmlab.core.arrays import Mean, Metrics, accumulation_dtype, global_norm, named_key
 from llmlab.core.mesh import Partition
 from llmlab.objective.next_token import Loss
 from llmlab.train.optimizer import OptimizerConfig
@@ -95,23 +95,20 @@ def accumulated_gradients(
             parts = jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
             return parts if partition is None else partition.constrain(parts, None, "batch", "time")
 
-        def add(carry: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
-            micro, index = part
+        def part(x: tuple[Any, jax.Array]) -> tuple[Mean, Metrics, Any]:
+            micro, index = x
             sums, (total, metrics) = gradient(trainable, micro, jax.random.fold_in(key, index))
-            return jax.tree.map(jnp.add, carry, (total, metrics, sums)), None
+            return total, metrics, sums
 
         parts = (jax.tree.map(split, batch), jnp.arange(microbatches))
-        first = jax.eval_shape(lambda: add_shape(gradient, trainable, jax.tree.map(lambda x: x[0], parts[0]), key))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        (total, metrics, sums), _ = jax.lax.scan(add, zeros, parts)
+        first = jax.eval_shape(part, jax.tree.map(lambda x: x[0], parts))
+        # Sums of many small parts would lose what bfloat16 cannot hold.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, accumulation_dtype(x.dtype)), first)
+        (total, metrics, sums), _ = jax.lax.scan(
+            lambda sums, x: (jax.tree.map(jnp.add, sums, part(x)), None), zeros, parts
+        )
     weight = jnp.maximum(total.weight, 1)
-    return total, metrics, jax.tree.map(lambda g: g / weight.astype(g.dtype), sums)
-
-
-def add_shape(gradient: Any, trainable: Any, micro: Any, key: jax.Array) -> tuple[Mean, Metrics, Any]:
-    """What one part yields, in the order in which parts are added up."""
-    sums, (total, metrics) = gradient(trainable, micro, key)
-    return total, metrics, sums
+    return total, metrics, jax.tree.map(lambda g, w: (g / weight).astype(w.dtype), sums, trainable)
 
 
 def _is_good(guard: Guard, loss: jax.Array, norm: jax.Array, config: OptimizerConfig) -> jax.Array:

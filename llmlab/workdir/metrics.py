@@ -1,5 +1,6 @@
 """metrics.jsonl: one JSON object a line, one line a logged step. TensorBoard's event files, for who wants them too."""
 
+import importlib.util
 import json
 import math
 import os
@@ -90,6 +91,14 @@ class MetricsLog:
         return row
 
 
+def check_tensorboard() -> None:
+    """Raises UserError where tensorboardX is not installed."""
+    if importlib.util.find_spec("tensorboardX") is None:
+        raise UserError(
+            "run.tensorboard=True needs tensorboardX: pip install 'llmlab[tensorboard]', or set it to False"
+        )
+
+
 class TensorBoardLog:
     """The same rows as scalars in TensorBoard's event files, `step` their position. What is no number is left out.
 
@@ -97,12 +106,9 @@ class TensorBoardLog:
     """
 
     def __init__(self, folder: str | os.PathLike[str], purge_step: int = 0):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "run.tensorboard=True needs tensorboardX: pip install 'llmlab[tensorboard]', or set it to False"
-            ) from None
+        check_tensorboard()
+        from tensorboardX import SummaryWriter
+
         with clear_when_full(folder):
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 

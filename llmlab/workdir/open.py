@@ -12,8 +12,11 @@ from llmlab.data.tokenizer import Tokenizer, load_tokenizer
 from llmlab.model.config import ModelConfig
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
+from llmlab.workdir import manifest
 from llmlab.workdir.checkpoints import latest_step, restore_subtree, saved_arrays
 from llmlab.workdir.files import Workdir
+
+_NO_CHECKPOINT = "{} holds no whole checkpoint: train it, with run.checkpoint_every set, until one is"
 
 
 class Opened(NamedTuple):
@@ -55,12 +58,18 @@ def weights_for(path: str | os.PathLike[str], model: Model) -> Params:
     return _weights(workdir, _good_step(workdir), model)
 
 
+def check_has_weights(path: str | os.PathLike[str]) -> None:
+    """Raises UserError where `path` is no workdir or no checkpoint was ever committed there; reads none."""
+    workdir = Workdir(path)
+    workdir.read_config()
+    if not any(workdir.checkpoints.glob(f"*/{manifest.NAME}")):
+        raise UserError(_NO_CHECKPOINT.format(workdir.path))
+
+
 def _good_step(workdir: Workdir) -> int:
     step = latest_step(workdir.checkpoints)
     if step is None:
-        raise UserError(
-            f"{workdir.path} holds no whole checkpoint: train it, with run.checkpoint_every set, until one is"
-        )
+        raise UserError(_NO_CHECKPOINT.format(workdir.path))
     return step
 
 
