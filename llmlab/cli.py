@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from absl import flags as f
+from absl.flags import FlagValues
+
 from llmlab.core.errors import (
     EXIT_BUG,
     EXIT_DISK_FULL,
@@ -23,10 +26,9 @@ from llmlab.core.errors import (
     is_disk_full,
     nearest,
 )
+from llmlab.core.flags import define_config, define_workdir, none_left, overrides, parse, required
 
 if TYPE_CHECKING:
-    from absl.flags import FlagValues
-
     from llmlab.scaling import Result
     from llmlab.train.config import Experiment
     from llmlab.train.launch import Run
@@ -74,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"unknown verb {name!r}: {nearest(name, VERBS)}")
         logging.basicConfig(level=logging.WARNING, format="llmlab: %(message)s", stream=sys.stderr)
         logging.getLogger("llmlab").setLevel(logging.INFO)
-        flags, rest = _parse(name, arguments[1:])
+        flags, rest = parse(VERBS[name].define, arguments[1:])
         if flags.help:
             print(_page(name, flags))
             return 0
@@ -113,37 +115,21 @@ def _report_error(verb: str, error: Exception, debug: bool) -> int:
 # --- train, check, sweep -------------------------------------------------------------------------------------------
 
 
-def _define_config(flags: "FlagValues", argv: list[str]) -> None:
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "The experiment, FILE.py or FILE.py:ARG; every key of it is a flag too: --config.section.key=value.",
-        flag_values=flags,
-        sys_argv=["llmlab", *argv],
-    )
-
-
-def _define_hosts(flags: "FlagValues") -> None:
-    from absl import flags as f
-
+def _define_hosts(flags: FlagValues) -> None:
     f.DEFINE_string("coordinator", "", "host:port of process 0, on several hosts.", flag_values=flags)
     f.DEFINE_integer("processes", 0, "How many processes there are, on several hosts.", flag_values=flags)
     f.DEFINE_integer("process_id", -1, "Which of them this one is.", flag_values=flags)
 
 
-def _define_train(flags: "FlagValues", argv: list[str]) -> None:
-    from absl import flags as f
-
-    _define_config(flags, argv)
-    _define_workdir(flags, "Where the run keeps its files; the same command again goes on from there.")
+def _define_train(flags: FlagValues, argv: list[str]) -> None:
+    define_config(flags, argv)
+    define_workdir(flags, "Where the run keeps its files; the same command again goes on from there.")
     f.DEFINE_string("init_from", "", "Start from the weights of this workdir.", flag_values=flags)
     f.DEFINE_bool("print_config", False, "Print what would run and what it costs, and stop.", flag_values=flags)
     _define_hosts(flags)
 
 
-def _train(flags: "FlagValues", rest: list[str]) -> None:
+def _train(flags: FlagValues, rest: list[str]) -> None:
     experiment = _experiment(flags, rest, init_from=flags.init_from)
     _start_jax(flags)
     import jax
@@ -161,8 +147,8 @@ def _train(flags: "FlagValues", rest: list[str]) -> None:
     from llmlab.workdir.files import Workdir
 
     given: Any = flags["config"]
-    arguments = [f"--config={given.config_filename}", *_overrides(flags)]
-    finished = launch(experiment, Workdir(_required(flags, "workdir")), _hooks, arguments=arguments)
+    arguments = [f"--config={given.config_filename}", *overrides(flags)]
+    finished = launch(experiment, Workdir(required(flags, "workdir")), _hooks, arguments=arguments)
     if jax.process_index() == 0:
         _summarise(finished)
 
@@ -215,13 +201,13 @@ def _summarise(run: "Run") -> None:
     print(f"report   {report}\nsamples  {run.workdir.samples}")
 
 
-def _define_check(flags: "FlagValues", argv: list[str]) -> None:
-    _define_config(flags, argv)
-    _define_workdir(flags, "A folder that all hosts share; needed on several hosts.")
+def _define_check(flags: FlagValues, argv: list[str]) -> None:
+    define_config(flags, argv)
+    define_workdir(flags, "A folder that all hosts share; needed on several hosts.")
     _define_hosts(flags)
 
 
-def _check(flags: "FlagValues", rest: list[str]) -> None:
+def _check(flags: FlagValues, rest: list[str]) -> None:
     experiment = _experiment(flags, rest)
     _start_jax(flags)
     import jax
@@ -241,37 +227,35 @@ def _check(flags: "FlagValues", rest: list[str]) -> None:
         raise Tripwire(f"{wrong} comparisons are wrong on this machine and mesh: do not trust a run on it")
 
 
-def _define_sweep(flags: "FlagValues", argv: list[str]) -> None:
-    from absl import flags as f
-
-    _define_config(flags, argv)
-    _define_workdir(flags, "A folder for all runs, a folder each.")
+def _define_sweep(flags: FlagValues, argv: list[str]) -> None:
+    define_config(flags, argv)
+    define_workdir(flags, "A folder for all runs, a folder each.")
     f.DEFINE_string("sweep", None, "Keys and their values: 'model.width=128,256;run.seed=0,1,2'.", flag_values=flags)
     f.DEFINE_integer("parallel", 1, "Runs at once.", flag_values=flags)
 
 
-def _sweep(flags: "FlagValues", rest: list[str]) -> None:
+def _sweep(flags: FlagValues, rest: list[str]) -> None:
     from llmlab.core.config import to_json
     from llmlab.report.runs_page import write_runs_report
     from llmlab.scaling import check_keys, parse_sweep, run_sweep
 
-    grid = parse_sweep(_required(flags, "sweep"))
+    grid = parse_sweep(required(flags, "sweep"))
     _experiment(flags, rest)
     check_keys(grid, flags.config)
     given: Any = flags["config"]
-    file, workdir = given.config_filename, Path(_required(flags, "workdir"))
-    overrides = _overrides(flags)
+    file, workdir = given.config_filename, Path(required(flags, "workdir"))
+    shared = overrides(flags)
 
     def check(settings: dict[str, str]) -> Any:
         changed = [f"--config.{key}={value}" for key, value in settings.items()]
-        parsed, _ = _parse("check", [f"--config={file}", *overrides, *changed])
+        parsed, _ = parse(define_config, [f"--config={file}", *shared, *changed])
         return to_json(_experiment(parsed, []))
 
     def draw(results: "list[Result]") -> None:
         notes = {result.name: result.error for result in results if result.error}
         write_runs_report([result.folder for result in results], workdir / "report.html", workdir.resolve().name, notes)
 
-    results = run_sweep(file, overrides, grid, workdir, check=check, parallel=flags.parallel, on_update=draw)
+    results = run_sweep(file, shared, grid, workdir, check=check, parallel=flags.parallel, on_update=draw)
     print(f"results  {workdir / 'results.csv'}\npage     {workdir / 'report.html'}")
     if failed := [result.name for result in results if result.status == "failed"]:
         raise UserError(
@@ -282,10 +266,8 @@ def _sweep(flags: "FlagValues", rest: list[str]) -> None:
 # --- sample, eval, report, tokenize ----------------------------------------------------------------------------------
 
 
-def _define_sample(flags: "FlagValues", argv: list[str]) -> None:
-    from absl import flags as f
-
-    _define_workdir(flags, "The run to sample from.")
+def _define_sample(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run to sample from.")
     f.DEFINE_string("prompt", "", "The text to go on from.", flag_values=flags)
     f.DEFINE_integer("max_tokens", 128, "The most tokens to write.", flag_values=flags)
     f.DEFINE_float("temperature", 0.8, "0 always takes the likeliest token.", flag_values=flags)
@@ -296,14 +278,14 @@ def _define_sample(flags: "FlagValues", argv: list[str]) -> None:
     f.DEFINE_integer("seed", 0, "The same seed gives the same text.", flag_values=flags)
 
 
-def _sample(flags: "FlagValues", rest: list[str]) -> None:
-    _none_left(rest)
+def _sample(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
     _start_jax()
     import llmlab
     from llmlab.infer.stream import sample_command
 
     sample_command(
-        llmlab.open(_required(flags, "workdir")),
+        llmlab.open(required(flags, "workdir")),
         flags.prompt,
         max_tokens=flags.max_tokens,
         temperature=flags.temperature,
@@ -316,10 +298,8 @@ def _sample(flags: "FlagValues", rest: list[str]) -> None:
     )
 
 
-def _define_eval(flags: "FlagValues", argv: list[str]) -> None:
-    from absl import flags as f
-
-    _define_workdir(flags, "The run to evaluate.")
+def _define_eval(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run to evaluate.")
     f.DEFINE_bool("held_out", True, "Measure loss and bits per byte of text.", flag_values=flags)
     f.DEFINE_string("source", "", "Other text than the run's held-out part: text, jsonl, python …", flag_values=flags)
     f.DEFINE_list("files", [], "Its files or patterns.", flag_values=flags)
@@ -336,8 +316,8 @@ def _define_eval(flags: "FlagValues", argv: list[str]) -> None:
     f.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as in training, 16 for tasks.", flag_values=flags)
 
 
-def _eval(flags: "FlagValues", rest: list[str]) -> None:
-    _none_left(rest)
+def _eval(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
     from llmlab.eval.command import EvalConfig, eval_command
 
     names = [field.name for field in dataclasses.fields(EvalConfig)]
@@ -346,29 +326,27 @@ def _eval(flags: "FlagValues", rest: list[str]) -> None:
     _start_jax()
     import llmlab
 
-    workdir = _required(flags, "workdir")
+    workdir = required(flags, "workdir")
     eval_command(llmlab.open(workdir), workdir, config)
 
 
-def _define_report(flags: "FlagValues", argv: list[str]) -> None:
-    _define_workdir(flags, "The run to report on.")
+def _define_report(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run to report on.")
 
 
-def _report(flags: "FlagValues", rest: list[str]) -> None:
-    _none_left(rest)
+def _report(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
     from llmlab.report.run_page import write_report
 
-    print(write_report(_required(flags, "workdir")))
+    print(write_report(required(flags, "workdir")))
 
 
-def _define_tokenize(flags: "FlagValues", argv: list[str]) -> None:
-    from absl import flags as f
-
-    _define_workdir(flags, "The run whose tokenizer to use.")
+def _define_tokenize(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run whose tokenizer to use.")
     f.DEFINE_string("model", "", "Or any SentencePiece model file.", flag_values=flags)
 
 
-def _tokenize(flags: "FlagValues", rest: list[str]) -> None:
+def _tokenize(flags: FlagValues, rest: list[str]) -> None:
     from llmlab.data.token_view import tokenize_command
 
     if bool(flags.model) == bool(flags.workdir):
@@ -379,67 +357,9 @@ def _tokenize(flags: "FlagValues", rest: list[str]) -> None:
 # --- what the verbs share --------------------------------------------------------------------------------------------
 
 
-def _define_workdir(flags: "FlagValues", text: str) -> None:
-    from absl import flags as f
-
-    f.DEFINE_string("workdir", "", text, flag_values=flags)
-
-
-def _parse(verb: str, argv: list[str]) -> tuple["FlagValues", list[str]]:
-    """The verb's flags, and the arguments that are none. Every mistake in them is a UserError."""
-    from absl import flags as f
-
-    flags = f.FlagValues()
-    f.DEFINE_bool("help", False, "Print this page.", short_name="h", flag_values=flags)
-    f.DEFINE_bool("debug", False, "Print the traceback of an error too.", flag_values=flags)
-    VERBS[verb].define(flags, argv)
-    # config_flags loads every experiment under one name: what a second one lacks, the first would lend it.
-    sys.modules.pop("config_config", None)
-    try:
-        return flags, flags(["llmlab", *argv])[1:]
-    except f.UnrecognizedFlagError as error:
-        given = error.flagname
-        raise UserError(f"unknown flag --{given}: {nearest(given, [n for n in flags if len(n) > 1])}") from error
-    except LlmlabError:
-        raise
-    except Exception as error:
-        if place := _place_in_experiment(error, argv):
-            raise UserError(place) from error
-        if isinstance(error, (f.Error, AttributeError, KeyError, TypeError, ValueError)):
-            raise UserError(_flag_error(str(error), argv)) from error
-        raise
-
-
-def _place_in_experiment(error: Exception, argv: list[str]) -> str:
-    """The file, line and error, where the experiment file itself is what fails; empty where it is not."""
-    for argument in argv:
-        path = argument.removeprefix("-").removeprefix("-config=").partition(":")[0]
-        if not path.endswith(".py"):
-            continue
-        if isinstance(error, SyntaxError) and error.filename == path:
-            return f"{path}, line {error.lineno}: {error.msg}"
-        if isinstance(error, AttributeError) and "has no attribute 'get_config" in str(error):
-            return f"{path} has no function get_config(arg): see experiments/quickstart.py"
-        if lines := [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]:
-            return f"{path}, line {lines[-1]}: {type(error).__name__}: {' '.join(str(error).split())}"
-    return ""
-
-
-def _flag_error(text: str, argv: list[str]) -> str:
-    """What went wrong with a --config override, in one line that names the key."""
-    text = " ".join(text.replace("\\'", "'").replace("\\n", " ").split()).strip("'\"")
-    if text.startswith("flag --"):
-        return text.removeprefix("flag ")
-    for argument in argv:
-        key = argument.partition("=")[0]
-        if argument.startswith("--config.") and text.partition("'")[0].strip("'\"") in key.split(".")[1:]:
-            return f"unknown config key {key.removeprefix('--config.')}: {text.partition(' ')[2].lower()}"
-    return text
-
-
-def _experiment(flags: "FlagValues", rest: list[str], init_from: str = "") -> "Experiment":
+def _experiment(flags: FlagValues, rest: list[str], init_from: str = "") -> "Experiment":
     """The resolved experiment that --config and its overrides describe."""
-    _none_left(rest)
+    none_left(rest)
     given: Any = flags["config"]
     file = given.config_filename if given.present else ""
     if not file:
@@ -454,12 +374,6 @@ def _experiment(flags: "FlagValues", rest: list[str], init_from: str = "") -> "E
     if init_from:
         config.run.init_from = init_from
     return resolve(config)
-
-
-def _overrides(flags: "FlagValues") -> list[str]:
-    """The --config.section.key=value flags that were given."""
-    given: Any = flags["config"]
-    return [f"--config.{key}={value}" for key, value in given.override_values.items()]
 
 
 def _start_jax(flags: Any = None) -> None:
@@ -477,17 +391,6 @@ def _start_jax(flags: Any = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if flags is not None:
         connect(flags.coordinator, flags.processes, flags.process_id)
-
-
-def _required(flags: "FlagValues", name: str) -> str:
-    if not getattr(flags, name):
-        raise UserError(f"--{name} is missing: see `llmlab VERB --help`")
-    return getattr(flags, name)
-
-
-def _none_left(rest: list[str]) -> None:
-    if rest:
-        raise UserError(f"{rest[0]!r} is no flag: flags begin with --, as in --workdir=DIR")
 
 
 def _keep_baseline(run: "Run", xz: float) -> None:
@@ -558,7 +461,7 @@ def _overview() -> str:
     return "\n".join([*lines, "", "`llmlab VERB --help` says more."])
 
 
-def _page(name: str, flags: "FlagValues") -> str:
+def _page(name: str, flags: FlagValues) -> str:
     verb = VERBS[name]
     lines = [f"llmlab {name}: {verb.summary}", "", f"usage: llmlab {name} {verb.usage}", ""]
     shown = {flag for flag in flags if len(flag) > 1 and "." not in flag}

@@ -268,6 +268,6 @@ def _on_files(source: str, pattern: str) -> list[str]:
 
 
 def _tiny_config():
-    from llmlab.cli import _parse
+    from llmlab.core.flags import define_config, parse
 
-    return _parse("train", [TINY])[0].config
+    return parse(define_config, [TINY])[0].config
