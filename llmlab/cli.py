@@ -4,7 +4,6 @@ import atexit
 import dataclasses
 import io
 import itertools
-import json
 import logging
 import os
 import sys
@@ -188,14 +187,14 @@ def _hooks(run: "Run") -> "Hooks":
 
 def _summarise(run: "Run") -> None:
     """The end of a run: its held-out figure beside that of xz, and where to look."""
-    from llmlab.eval.command import xz_of
+    from llmlab.eval.command import BASELINE, keep_results, xz_of
     from llmlab.report.run_page import write_report
     from llmlab.workdir.metrics import MetricsLog
 
     rows = [row for row in MetricsLog(run.workdir.metrics).rows() if "eval/bits_per_byte" in row]
     if rows:
-        xz = xz_of(run.experiment.data, "held_out", quiet=True)["xz_bits_per_byte"]
-        _keep_baseline(run, xz)
+        xz = xz_of(run.experiment.data, "held_out", quiet=True)[BASELINE]
+        keep_results(run.workdir.path, {BASELINE: xz})
         print(f"held-out bits per byte  {rows[-1]['eval/bits_per_byte']:.4f}  (xz -9, file by file: {xz:.4f})")
     report = write_report(run.workdir.path)
     print(f"report   {report}\nsamples  {run.workdir.samples}")
@@ -391,15 +390,6 @@ def _start_jax(flags: Any = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if flags is not None:
         connect(flags.coordinator, flags.processes, flags.process_id)
-
-
-def _keep_baseline(run: "Run", xz: float) -> None:
-    """Notes the compressor's figure where the report looks for it."""
-    from llmlab.core.paths import write_atomic
-
-    path = run.workdir.path / "eval.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    write_atomic(path, json.dumps(known | {"xz_bits_per_byte": xz}, indent=2).encode())
 
 
 VERBS: dict[str, Verb] = {

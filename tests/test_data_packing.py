@@ -1,6 +1,5 @@
 """Every token is predicted once, no row overflows, and rows are assembled as written out by hand."""
 
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,12 +107,14 @@ def test_text_shorter_than_a_row_is_padded():
 
 
 @pytest.mark.parametrize("T", [256, 2048])
-def test_packing_many_documents_is_quick_and_tight(T):
+def test_packing_many_documents_is_tight_and_its_work_goes_with_the_row_not_their_number(T, monkeypatch):
     lengths = (np.exp(np.random.default_rng(0).normal(5.5, 1.2, 300_000)) + 2).astype(int)
-    begin = time.perf_counter()
+    placed = []
+    real = np.repeat
+    monkeypatch.setattr(np, "repeat", lambda *args: placed.append(1) or real(*args))
     index = pack(lengths, "best_fit", T)
-    assert time.perf_counter() - begin < 5
     assert (lengths - 1).sum() / (len(index) * T) > 0.97
+    assert len(placed) < 10 * T
 
 
 def real_store(path, lengths):

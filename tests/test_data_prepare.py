@@ -3,12 +3,12 @@
 import dataclasses
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from llmlab.core import paths
@@ -72,8 +72,7 @@ def test_a_store_holds_every_document_between_bos_and_eos(config, split):
     assert tokens_of(found) == encoded(config, tokenizer, split)
     texts = [document.text for document in documents(config, split, Report())]
     assert found.text_bytes.tolist() == [len(t.encode()) for t in texts]
-    np.testing.assert_array_equal(found.token_bytes, tokenizer.token_bytes())
-    assert found.token_bytes[found.tokens].sum() == found.manifest["text_bytes"]
+    assert tokenizer.token_bytes()[found.tokens].sum() == found.manifest["text_bytes"]
 
 
 def test_the_built_in_corpus_is_lossless(tmp_path, monkeypatch):
@@ -123,7 +122,7 @@ def test_whatever_changes_the_tokens_makes_another_store(config, files, tmp_path
 
 def test_the_field_that_is_read_belongs_to_the_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "abc", "answer": "xyz"}')
-    config = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path), tokenizer=CHARACTER, held_out=0.0)
+    config = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path), tokenizer=CHARACTER, held_out=1e-9)
     question, answer = (dataclasses.replace(config, field=name) for name in ("question", "answer"))
     assert data_fingerprint(question) != data_fingerprint(answer)
     found = [ready(each) for each in (question, answer)]
@@ -199,6 +198,17 @@ def test_a_worker_that_cannot_work_says_why(config, tmp_path, small_tasks):
     tokenizer.save(tmp_path / "t")
     with pytest.raises(UserError, match="lone surrogate"):
         list(encode_all(["some words " * 400, "\ud800" * 4000], tokenizer, str(tmp_path / "t"), 2))
+
+
+def test_what_a_worker_said_before_it_ended_is_heard(tmp_path):
+    """It may end, and its pipe break, while the next task is being sent."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    for part in (b"user error", b"the text holds a lone surrogate"):
+        theirs.send_bytes(part)
+    theirs.close()
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    with process, pytest.raises(UserError, match="lone surrogate"):
+        tokenise._give(tokenise._Worker(process, ours), ["some words"])
 
 
 SLOW = """
@@ -311,7 +321,7 @@ def test_a_disk_that_is_really_full(tmp_path, files, config):
 
 def test_a_bad_row_leaves_nothing_behind(config, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "words " * 9}) + "\n{\n")
-    bad = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=config.cache_dir, workers=1, held_out=0.0)
+    bad = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=config.cache_dir, workers=1, held_out=1e-9)
     tokenizer = tokenizer_for(config, progress=False)
     with pytest.raises(UserError, match=r"a\.jsonl line 2 .*not JSON"):
         prepare(bad, tokenizer, "train", progress=False)
@@ -321,7 +331,7 @@ def test_a_bad_row_leaves_nothing_behind(config, tmp_path):
 def test_after_a_bad_row_skipping_goes_on_from_there(config, tmp_path, small_tasks, monkeypatch, caplog):
     lines = [json.dumps({"text": f"{i} " * 2000}) for i in range(6)]
     (tmp_path / "a.jsonl").write_text("\n".join([*lines[:4], "{", *lines[4:]]))
-    bad = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=config.cache_dir, workers=1, held_out=0.0)
+    bad = text("jsonl", files=str(tmp_path / "a.jsonl"), cache_dir=config.cache_dir, workers=1, held_out=1e-9)
     tokenizer = tokenizer_for(config, progress=False)
     with pytest.raises(UserError, match="line 5"):
         prepare(bad, tokenizer, "train", progress=False)
@@ -337,10 +347,11 @@ def test_after_a_bad_row_skipping_goes_on_from_there(config, tmp_path, small_tas
         prepare(bad, tokenizer, "train", progress=False)
 
 
-def test_a_split_without_text_says_what_to_do(config, files):
+def test_a_split_without_text_says_what_to_do(config, tmp_path):
     tokenizer = tokenizer_for(config, progress=False)
-    nothing = dataclasses.replace(config, held_out=0.0)
-    with pytest.raises(UserError, match=r"no text to evaluate on with data\.held_out=0\.0.*held_out_files"):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "words"}))
+    nothing = dataclasses.replace(config, source="jsonl", files=(str(tmp_path / "a.jsonl"),), held_out=1e-9)
+    with pytest.raises(UserError, match=r"no text to evaluate on with data\.held_out=1e-09.*held_out_files"):
         prepare(nothing, tokenizer, "held_out", progress=False)
     assert no_store(nothing)
 
@@ -357,22 +368,20 @@ def test_the_default_cache_is_the_cache_root(files, tmp_path, monkeypatch):
     assert sorted(path.name for path in paths.cache_root().iterdir()) == ["tokenizers", "tokens"]
 
 
+@pytest.mark.parametrize("torn", [b"", b'{"format": "llmlab char', b"\x00" * 40])
+def test_a_torn_tokenizer_in_the_cache_is_trained_again(config, torn, caplog):
+    whole = tokenizer_for(config, progress=False)
+    (path,) = prepare_module._cache(config, "tokenizers").glob("*.model")
+    path.write_bytes(torn)
+    assert tokenizer_for(config, progress=False).fingerprint == whole.fingerprint
+    assert "Training it again" in caplog.text
+    caplog.clear()
+    assert tokenizer_for(config, progress=False).fingerprint == whole.fingerprint
+    assert caplog.text == ""
+
+
 def test_a_named_tokenizer_is_loaded(config, tmp_path):
     tokenizer = tokenizer_for(config, progress=False)
     tokenizer.save(tmp_path / "mine.model")
     named = text("python", tokenizer=TokenizerConfig(file=str(tmp_path / "mine.model")))
     assert tokenizer_for(named, progress=False).fingerprint == tokenizer.fingerprint
-
-
-def test_lines_are_printed_where_there_is_no_terminal(capsys, monkeypatch):
-    from llmlab.data import progress
-
-    clock = iter(np.arange(0.0, 100.0, 4.0))
-    monkeypatch.setattr(progress, "time", type("clock", (), {"monotonic": lambda: next(clock)}))
-    with progress.shown("tokenising train", 50_000_000, True) as advance:
-        for megabytes in range(8):
-            advance(megabytes * 1_000_000)
-    assert capsys.readouterr().err.splitlines() == [
-        "tokenising train: 2.0 of about 50.0 MB",
-        "tokenising train: 5.0 of about 50.0 MB",
-    ]

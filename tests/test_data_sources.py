@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llmlab.core.errors import UserError
-from llmlab.data import readers, text
+from llmlab.data import readers, sources_python, text
 from llmlab.data.config import MixturePart
-from llmlab.data.sources import Report, documents
+from llmlab.data.sources import Report, documents, source_paths
 
 zstandard = pytest.importorskip("zstandard")
 
@@ -117,6 +117,7 @@ BAD = {
     "not_object": ("jsonl", "a.jsonl", rows("a") + b"[1]\n", r"line 2: not a JSON object", ["a"]),
     "not_text": ("jsonl", "a.jsonl", rows("a") + b'{"text": 3}\n', r"line 2 .*is int.*field is not text", ["a"]),
     "row_utf8": ("jsonl", "a.jsonl", rows("a") + b'{"text": "\xff"}\n', r"line 2 .*invalid UTF-8", ["a"]),
+    "nested": ("jsonl", "a.jsonl", rows("a") + b'{"text": ' + b"[" * 200_000 + b"\n", r"line 2 .*not JSON", ["a"]),
     "surrogate": ("jsonl", "a.jsonl", rows("a") + b'{"text": "\\ud800"}\n', r"line 2: lone surrogate", ["a"]),
     "jsonl_cut": ("jsonl", "a.jsonl.zst", zstandard.compress(rows(*"abcdefgh"))[:-1], r"cut short", None),
 }  # fmt: skip
@@ -181,16 +182,36 @@ def test_a_single_file_is_split_by_position(tmp_path, suffix):
     cut = int(1003 * 0.9)
     config = text("text", files=str(path))
     assert (read(config, "train"), read(config, "held_out")) == ([content[:cut]], [content[cut:]])
-    nothing = text("text", files=str(path), held_out=0.0)
-    assert (read(nothing, "train"), read(nothing, "held_out")) == ([content], [])
+    assert read(config, "all") == [content]
 
 
 def test_a_huge_file_comes_in_pieces_cut_at_line_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARACTERS", 10)
     monkeypatch.setattr(readers, "READ_BYTES", 7)
     (tmp_path / "a.txt").write_text("12345\n78\nabcdefghijklmn\nxy")
-    config = text("text", files=str(tmp_path / "a.txt"), held_out=0.0)
-    assert read(config, "train") == ["12345\n78\n", "abcdefghij", "klmn\nxy"]
+    config = text("text", files=str(tmp_path / "a.txt"))
+    assert read(config, "all") == ["12345\n78\n", "abcdefghij", "klmn\nxy"]
+
+
+@pytest.mark.parametrize("others", [0, 20])
+@pytest.mark.parametrize("name, spoil", [("a.txt", lambda data: data + b"\xff"), ("a.txt.gz", lambda data: data[:-9])])
+def test_a_huge_file_that_turns_bad_gives_neither_split_any_text(tmp_path, monkeypatch, name, spoil, others):
+    """Its beginning is read long before the bad byte: what was given by then would be half a file."""
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "READ_BYTES", 50)
+    packed(tmp_path / name, b"a line of it\n" * 200)
+    (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
+    for i in range(others):
+        (tmp_path / f"{i}.txt").write_text("good")
+    config = text("text", files=str(tmp_path / "*"), held_out=0.5, on_bad_input="skip")
+    report = {split: Report() for split in ("train", "held_out", "all")}
+    found = {split: read(config, split, report[split]) for split in report}
+    assert all(set(texts) <= {"good"} for texts in found.values())
+    assert len(found["train"]) + len(found["held_out"]) == others
+    assert list(report["all"].counts.values()) == [1]
+    met = [split for split in ("train", "held_out") if report[split].counts]
+    assert len(met) == (1 if others else 2)  # a file among others is of one split, a single one of both
+    assert all(report[split].counts == report["all"].counts for split in met)
 
 
 def test_files_are_held_out_by_name_wherever_they_lie(tmp_path):
@@ -229,6 +250,35 @@ def test_held_out_files_are_kept_from_training(tmp_path):
         read(text("text", files=str(tmp_path / "a.txt"), held_out_files=str(tmp_path / "*.txt")))
 
 
+def test_a_file_is_held_out_by_whatever_path(tmp_path, monkeypatch):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    for held_out in (str(tmp_path / "b.txt"), "./b.txt", f"../{tmp_path.name}/b.txt"):
+        config = text("text", files="*.txt", held_out_files=held_out)
+        assert (read(config, "train"), read(config, "held_out")) == (["a", "c"], ["b"])
+
+
+def test_a_file_under_two_spellings_counts_once(tmp_path, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.txt").write_text(name)
+    monkeypatch.chdir(tmp_path)
+    config = text("text", files=("*.txt", str(tmp_path / "*.txt"), f"../{tmp_path.name}/a.txt"), held_out=0.5)
+    assert sorted(read(config)) == ["a", "b", "c", "d"]
+    assert sorted(read(config, "train") + read(config, "held_out")) == ["a", "b", "c", "d"]
+    assert len(source_paths(config)) == 4
+
+
+def test_a_linked_folder_shows_nothing_that_is_held_out(tmp_path):
+    (tmp_path / "real").mkdir()
+    for name in "abc":
+        (tmp_path / "real" / f"{name}.txt").write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    config = text("text", files=str(tmp_path / "*/*.txt"), held_out_files=str(tmp_path / "real" / "b.txt"))
+    assert (read(config, "train"), read(config, "held_out")) == (["a", "c"], ["b"])
+    assert sorted(read(text("text", files=str(tmp_path / "**/*.txt")))) == ["a", "b", "c"]
+
+
 def test_a_mixture_reads_its_parts_in_turn(tmp_path):
     (tmp_path / "a.txt").write_text("prose")
     (tmp_path / "b.jsonl").write_bytes(rows("row", field="body"))
@@ -252,3 +302,11 @@ def test_the_built_in_corpus_is_the_standard_library_without_its_tests():
     size = sum(len(t) for t in both.values())
     assert 4e6 < size < 30e6
     assert 0.03 < sum(len(t) for t in held_out.values()) / size < 0.2
+
+
+def test_links_to_nothing_are_no_sources(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "gone.py").symlink_to(tmp_path / "was_here.py")
+    (tmp_path / "empty.py").touch()
+    monkeypatch.setattr(sources_python, "_root", lambda: tmp_path)
+    assert sources_python._files() == ["a.py"]

@@ -166,6 +166,27 @@ def test_a_full_disk_keeps_what_was_committed(tmp_path):
     assert TokenStore.open(tmp_path).document(2).tolist() == DOCUMENTS[2]
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "3", '{"files": {}}', '{"files": {"tokens.bin": 1}}', None])
+def test_a_torn_record_of_progress_starts_anew(tmp_path, content):
+    writer = StoreWriter(tmp_path, np.dtype("<u4"))
+    append(writer, DOCUMENTS[:2])
+    writer.commit()
+    writer.close()
+    record = tmp_path / store.PROGRESS
+    if content is None:  # whole but for a count
+        content = json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "documents"})
+    record.write_text(content)
+    assert [written(tmp_path).document(i).tolist() for i in range(3)] == DOCUMENTS
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"format": 1}'])
+def test_a_manifest_without_its_facts_is_torn(tmp_path, content):
+    written(tmp_path)
+    (tmp_path / store.MANIFEST).write_text(content)
+    with pytest.raises(TornError, match="is torn"):
+        TokenStore.open(tmp_path)
+
+
 def test_a_store_deleted_half_way_is_no_store(tmp_path, monkeypatch):
     written(tmp_path / "s")
     monkeypatch.setattr(store.shutil, "rmtree", lambda path: None)

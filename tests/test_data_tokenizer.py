@@ -1,5 +1,6 @@
 """Tokenizers: nothing is lost, nothing in a text becomes a marker, every file is taken for what it is."""
 
+import errno
 import io
 import os
 import pathlib
@@ -10,7 +11,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmlab.core.errors import UserError
+from llmlab.core.errors import DiskFull, UserError
 from llmlab.data import tokenizer as tokenizer_module
 from llmlab.data.tokenizer import (
     CHAT_MARKERS,
@@ -132,6 +133,20 @@ def test_saving_loading_and_sending_to_a_process_change_nothing(name: str, tmp_p
         assert same.fingerprint == saved.fingerprint
         assert (same.kind, same.vocab_size, dict(same.control)) == (saved.kind, saved.vocab_size, dict(saved.control))
         assert same.encode_batch(["hello", "wörld"]) == saved.encode_batch(["hello", "wörld"])
+
+
+@pytest.mark.parametrize("name", ["bpe", "character"])
+def test_a_save_without_room_keeps_what_was_there(name: str, tmp_path, request, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    saved: Tokenizer = request.getfixturevalue(name)
+    (tmp_path / "tokenizer.model").write_bytes(b"earlier")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFull):
+        saved.save(tmp_path / "tokenizer.model")
+    assert os.listdir(tmp_path) == ["tokenizer.model"]
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"earlier"
 
 
 @given(text=st.text(alphabet="helo, wörd\n"))

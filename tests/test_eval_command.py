@@ -176,3 +176,35 @@ def test_a_diverged_model_is_reported_in_strict_json(opened, tmp_path):
     run(broken, tmp_path)
     content = (tmp_path / "eval.json").read_text()
     assert json.loads(content, parse_constant=pytest.fail)["held_out"]["loss"] is None
+
+
+def test_results_are_added_to_what_is_known(opened, tmp_path):
+    """Training's end leaves the compressor's figure, which the report shows beside the loss."""
+    opened, _ = opened
+    file, other, task = (tmp_path / name for name in ("eval.json", "other.txt", "t.jsonl"))
+    file.write_text('{"xz_bits_per_byte": 1.5}')
+    other.write_text("abc abc\n" * 20)
+    task.write_text('{"prompt": "a", "choices": ["a", "b"], "answer": 0}\n')
+    on_other, _ = run(opened, tmp_path, files=(str(other),))
+    known = json.loads(file.read_text())
+    assert known == {"xz_bits_per_byte": 1.5, **on_other}
+    run(opened, tmp_path, held_out=False, tasks=(str(task),))
+    assert json.loads(file.read_text())["held_out"] == known["held_out"]
+    own, _ = run(opened, tmp_path, batch_size=2)
+    known = json.loads(file.read_text())
+    assert set(known) == {"step", "held_out", "tasks", "xz_bits_per_byte"}
+    assert known["held_out"] == own["held_out"]
+    assert known["xz_bits_per_byte"] == own["held_out"]["xz_bits_per_byte"] != 1.5
+
+
+def test_scores_of_another_step_go_and_a_torn_file_is_begun_anew(opened, tmp_path):
+    opened, _ = opened
+    file, task = tmp_path / "eval.json", tmp_path / "t.jsonl"
+    task.write_text('{"prompt": "a", "choices": ["a", "b"], "answer": 0}\n')
+    file.write_text('{"step": 3, "held_out": {"loss": 9.0}, "xz_bits_per_byte": 1.5}')
+    run(opened, tmp_path, held_out=False, tasks=(str(task),))
+    assert set(json.loads(file.read_text())) == {"step", "tasks", "xz_bits_per_byte"}
+    for torn in ('{"xz_bits', "[]"):
+        file.write_text(torn)
+        result, _ = run(opened, tmp_path, held_out=False, tasks=(str(task),))
+        assert json.loads(file.read_text()) == result

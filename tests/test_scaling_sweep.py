@@ -49,8 +49,7 @@ for step in range(seen + 1, 5):
     if behaviour in ("slow", "deaf") and step == 2 and not seen:
         (folder / "waiting").touch()
         time.sleep(60)
-if behaviour != "no_held_out":
-    log({"step": 4, "eval/loss": 1000 / width, "eval/bits_per_byte": 500 / width})
+log({"step": 4, "eval/loss": 1000 / width, "eval/bits_per_byte": 500 / width})
 """
 
 
@@ -145,11 +144,6 @@ def test_an_interrupted_run_goes_on_by_the_same_command(sweep, behaviour, status
     assert (second.status, second.exit_code, second.step, second.loss) == ("done", 0, 4, 10.0)
     assert "goes on after step 2" in sweep.out
     assert second.seconds > first.seconds > 0
-
-
-def test_a_run_without_held_out_data_is_done_too(sweep):
-    (result,) = sweep("run.behaviour=no_held_out")
-    assert (result.status, result.loss) == ("done", None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

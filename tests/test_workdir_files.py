@@ -48,9 +48,13 @@ def test_the_git_revision_marks_changed_files(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "__file__", str(tmp_path / "files.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert files.environment()["git"] is None
-    (tmp_path / "a").write_text("1")
+    for name in ("a", "files.py"):
+        (tmp_path / name).write_text("1")
     who = ["-c", "user.name=x", "-c", "user.email=x@y", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "a"], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert files.environment()["git"] is None  # the revision of something else, into which this code was installed
+    for command in (["add", "files.py"], [*who, "commit", "-qm", "b"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     revision = files.environment()["git"]
     assert len(revision) == 40

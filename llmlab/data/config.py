@@ -40,15 +40,16 @@ class DataConfig:
     source: `python` is the sources and language reference of the running interpreter's standard library; `text`,
       `jsonl` and `parquet` read files (`.gz` and `.zst` too, where they are text); `huggingface` reads folders written
       by `save_to_disk`; `mixture` draws rows from several.
-    files: a pattern or several, such as `books/*.txt` or `crawl/**/*.jsonl.zst`. In `text`, a file is a document.
+    files: a pattern or several, such as `books/*.txt` or `crawl/**/*.jsonl.zst`. In `text`, a file is a document; one
+      of more than about four million characters becomes several, cut at line ends.
     field: which field of a row holds the text, where rows have fields.
     sequence_length: predicted tokens in a row.
     batch_size: rows in a step, all hosts together.
     packing: `best_fit` packs whole documents together, each seeing only itself, and cuts only those longer than a row;
       `chunk` joins all documents and cuts every `sequence_length` tokens.
     shuffle: visit the rows in a new random order every epoch, or in the order of the files.
-    held_out: the share kept from training. Files (`python`, `text`) and rows (the others) are chosen by a hash of
-      their name or place; a single `text` file is split by position, its end held out.
+    held_out: the share kept from training, above 0. Files (`python`, `text`) and rows (the others) are chosen by a
+      hash of their name or place; a single `text` file is split by position, its end held out.
     held_out_files: instead, hold out exactly these; they are not trained on even if `files` matches them too.
     on_bad_input: whether an unreadable file or row is an error, or skipped, counted and reported.
     workers: processes that tokenise; 0 for one per core, up to 16; 1 for none beside this one.
@@ -80,8 +81,11 @@ class DataConfig:
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"data.{name}={getattr(self, name)} should be at least {least}")
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"data.held_out={self.held_out} is a share: choose one from 0 to below 1, such as 0.1")
+        if not 0 < self.held_out < 1:
+            raise UserError(
+                f"data.held_out={self.held_out} is the share that every run is evaluated on: choose one above 0 and "
+                "below 1, such as 0.1"
+            )
         if self.mixture and self.source != "mixture":
             raise UserError(
                 f"data.mixture is set, but data.source={self.source!r} reads no parts: set data.source=mixture"

@@ -5,6 +5,7 @@ predictions, and never predicts anything twice; `chunk` runs through all documen
 function of the document lengths, T and the way of packing alone, and is kept beside the tokens.
 """
 
+import errno
 import hashlib
 from typing import Literal, NamedTuple
 
@@ -42,7 +43,7 @@ class Rows(NamedTuple):
 
 
 def pack_index(store: TokenStore, packing: Packing, sequence_length: int) -> PackIndex:
-    """The pack index of a store, computed at most once."""
+    """The pack index of a store, computed at most once, or once a process where the store cannot be written to."""
     name = f"pack_{packing}_{sequence_length}"
     manifest, rows, pieces = f"{name}.json", f"{name}.rows", f"{name}.pieces"
     key = hashlib.sha256(store.lengths.tobytes()).hexdigest()
@@ -51,8 +52,12 @@ def pack_index(store: TokenStore, packing: Packing, sequence_length: int) -> Pac
             raise TornError("it belongs to other documents")
     except TornError:
         index = pack(store.lengths, packing, sequence_length)
-        arrays = {rows: index.row_offsets, pieces: index.pieces}
-        seal(store.path, manifest, arrays, key=key)
+        try:
+            seal(store.path, manifest, {rows: index.row_offsets, pieces: index.pieces}, key=key)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            return index
     shape = (-1, 3)
     return PackIndex(
         mapped(store.path / rows, np.dtype("<i8")), mapped(store.path / pieces, np.dtype("<i8")).reshape(shape)

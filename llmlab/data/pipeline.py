@@ -5,6 +5,7 @@ which is anew in every epoch and keeps no state, so any step can be asked for at
 """
 
 import collections
+import functools
 import itertools
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,12 @@ import numpy as np
 
 from llmlab.core.errors import UserError
 from llmlab.data.config import DataConfig
-from llmlab.data.packing import Rows, assemble, pack_index
+from llmlab.data.packing import Packing, Rows, assemble, pack_index
 from llmlab.data.store import TokenStore
 
 PADDING = -1
 BATCHES_AHEAD = 4
+EVALUATION_SEED = 0
 
 
 class TokenBatch(NamedTuple):
@@ -49,7 +51,7 @@ class TextSource:
         seed: int,
         sharding: jax.sharding.Sharding | None = None,
     ):
-        self._packed = _Packed(config, parts)
+        self._packed = _Packed(config.packing, config.sequence_length, [store for store, _ in parts])
         self._placement = _Placement(config, sharding)
         self.rows = int(self._packed.begins[-1])
         if self.rows < config.batch_size:
@@ -58,7 +60,7 @@ class TextSource:
                 f"data.batch_size={config.batch_size}: give more text, or lower one of the two"
             )
         self._order = _order(self._packed.begins, [weight for _, weight in parts], config.shuffle, seed)
-        self._steps = self._order.batch(config.batch_size)
+        self._batch_size = config.batch_size
         # One thread: two would wait for each other, and the training loop for both, at the interpreter's lock. grain's
         # own prefetching costs the loop five times as much as this, up to 1 ms a step on a busy machine.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmlab-data")
@@ -75,22 +77,10 @@ class TextSource:
             self._submit(step + 1 + later)
         return batch
 
-    def row(self, number: int) -> Rows:
-        """Row `number` of the endless stream, as arrays [1, T]."""
-        return self._packed.assemble(np.array([self._order[number]]))
-
     def host_batch(self, step: int) -> Rows:
         """The rows of the batch of `step` that this host's devices hold, in their order."""
-        return self._packed.assemble(self._steps[step][self._placement.host_rows])
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """int32 [V]: the bytes of text each id stands for; bits per byte divides by their sum over the targets."""
-        return self._packed.stores[0].token_bytes
-
-    def state(self) -> dict[str, Any]:
-        """Nothing: the step says it all."""
-        return {}
+        numbers = step * self._batch_size + self._placement.host_rows
+        return self._packed.assemble(np.array([self._order[number] for number in numbers.tolist()]))
 
     def close(self) -> None:
         """Stops reading ahead, for good."""
@@ -106,22 +96,31 @@ class TextSource:
 def evaluation_batches(
     config: DataConfig, parts: Sequence[tuple[TokenStore, float]], *, sharding: jax.sharding.Sharding | None = None
 ) -> Iterator[TokenBatch]:
-    """Every row of every store once, in order, whatever the weights; the last batch is filled up with masked rows."""
-    packed, placement = _Packed(config, parts), _Placement(config, sharding)
-    rows = int(packed.begins[-1])
-    for begin in range(0, rows, config.batch_size):
-        wanted = begin + placement.host_rows
-        yield placement.place(packed.assemble(np.where(wanted < rows, wanted, PADDING)))
+    """Every row of every store once, whatever the weights; the last batch is filled up with masked rows.
+
+    The rows come mixed, always in the same way: the first batches are a fair sample of all, and the same sample each
+    time. What the stores are packed into is read the first time only.
+    """
+    packed, placement = _packed(config, parts), _Placement(config, sharding)
+    order = np.random.default_rng(EVALUATION_SEED).permutation(packed.begins[-1])
+    filled = np.concatenate([order, np.full(-len(order) % config.batch_size, PADDING)])
+    for rows in filled.reshape(-1, config.batch_size):
+        yield placement.place(packed.assemble(rows[placement.host_rows]))
+
+
+def evaluation_rows(config: DataConfig, parts: Sequence[tuple[TokenStore, float]]) -> int:
+    """How many rows `evaluation_batches` gives, those that fill up the last batch aside."""
+    return int(_packed(config, parts).begins[-1])
 
 
 class _Packed:
-    """Stores with their pack indices; the rows of all are numbered on, part p's from `begins[p]`."""
+    """Stores with their pack indices, read once; the rows of all are numbered on, part p's from `begins[p]`."""
 
-    def __init__(self, config: DataConfig, parts: Sequence[tuple[TokenStore, float]]):
-        self.stores = [store for store, _ in parts]
-        self._indices = [pack_index(store, config.packing, config.sequence_length) for store in self.stores]
+    def __init__(self, packing: Packing, sequence_length: int, stores: Sequence[TokenStore]):
+        self._stores = stores
+        self._indices = [pack_index(store, packing, sequence_length) for store in stores]
         self.begins = np.cumsum([0, *map(len, self._indices)])
-        self._sequence_length = config.sequence_length
+        self._sequence_length = sequence_length
 
     def assemble(self, rows: np.ndarray) -> Rows:
         """These rows as arrays [len(rows), T]; `PADDING` gives a row of zeros."""
@@ -137,7 +136,14 @@ class _Packed:
         return out
 
     def _of_part(self, part: int, rows: np.ndarray) -> Rows:
-        return assemble(self.stores[part], self._indices[part], rows - self.begins[part], self._sequence_length)
+        return assemble(self._stores[part], self._indices[part], rows - self.begins[part], self._sequence_length)
+
+
+def _packed(config: DataConfig, parts: Sequence[tuple[TokenStore, float]]) -> _Packed:
+    return _packed_once(config.packing, config.sequence_length, tuple(store for store, _ in parts))
+
+
+_packed_once = functools.lru_cache(maxsize=2)(_Packed)
 
 
 class _Placement:

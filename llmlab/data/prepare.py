@@ -70,11 +70,11 @@ def tokenizer_for(config: DataConfig, *, progress: bool = True) -> Tokenizer:
     split_rule = [config.held_out, *([part.held_out_files for part, _ in config.parts()])]
     key = _digest("tokenizer", data_fingerprint(config), split_rule, to_json(config.tokenizer))
     path = _cache(config, "tokenizers") / f"{key}.model"
-    if not path.exists():
+    found = _loaded(path)
+    if found is None:
         with locked(path.with_suffix(".lock"), f"another process trains the same tokenizer: waiting for {path}"):
-            if not path.exists():
-                _train(path, config, progress)
-    return load_tokenizer(path)
+            found = _loaded(path) or _trained(path, config, progress)
+    return found
 
 
 def data_fingerprint(config: DataConfig) -> str:
@@ -142,13 +142,23 @@ def _closed(writer: StoreWriter) -> Iterator[None]:
         writer.close()
 
 
-def _train(path: Path, config: DataConfig, progress: bool) -> None:
+def _loaded(path: Path) -> Tokenizer | None:
+    if not path.exists():
+        return None
+    try:
+        return load_tokenizer(path)
+    except UserError as error:
+        log.warning("%s. Training it again.", error)
+        return None
+
+
+def _trained(path: Path, config: DataConfig, progress: bool) -> Tokenizer:
     report = Report()
     texts = (document.text for document in documents(config, "train", report))
     with shown("reading text for the tokenizer", _size_hint(config, "train"), progress) as advance:
         tokenizer = train_tokenizer(config.tokenizer, texts, seed=TOKENIZER_SEED, progress=advance)
-    with clear_when_full(path):
-        tokenizer.save(path)
+    tokenizer.save(path)
+    return tokenizer
 
 
 def _cache(config: DataConfig, kind: str) -> Path:

@@ -1,6 +1,7 @@
 """One file, whatever its format, as numbered texts. What cannot be read comes as a `BadInput` in its place."""
 
 import codecs
+import collections
 import gzip
 import json
 import zlib
@@ -39,13 +40,17 @@ Numbered = tuple[int, str | BadInput]
 def text_rows(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Numbered]:
     """The characters [start, stop) of a text file as one document.
 
-    Only a file that is too large to hold comes as several, cut at line ends.
+    Only a file that is too large to hold comes as several, cut at line ends. A bad file gives none of its text; whoever
+    asks for a part of one knows by `count_characters` that it is good.
     """
-    number, held = 0, ""
+    number, held, known_good = 0, "", start > 0 or stop is not None
     try:
         for piece in _clipped(characters(path), start, stop):
             held += piece
             while len(held) > MAX_DOCUMENT_CHARACTERS:
+                if not known_good:
+                    collections.deque(characters(path), maxlen=0)  # raises before a piece is given
+                    known_good = True
                 cut = held.rfind("\n", 0, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
                 yield number, held[:cut]
                 number, held = number + 1, held[cut:]
@@ -115,15 +120,12 @@ def huggingface_rows(path: Path, field: str) -> Iterator[Numbered]:
         yield number, _checked_text(row[field], field, f"{path} row {number}")
 
 
-def count_characters(path: Path) -> int:
-    """The length of a text file, read as a stream; of one that turns bad half-way, the length of its good part."""
-    total = 0
+def count_characters(path: Path) -> int | None:
+    """The length of a text file, read as a stream; None for one that is bad anywhere."""
     try:
-        for piece in characters(path):
-            total += len(piece)
+        return sum(len(piece) for piece in characters(path))
     except _UnreadableError:
-        pass
-    return total
+        return None
 
 
 def characters(path: Path) -> Iterator[str]:
@@ -212,7 +214,7 @@ def _json_text(line: bytes, field: str, where: str) -> str | BadInput:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return _not_utf8(where, error)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for a thousand brackets in a row
         return BadInput("not JSON", f"{where} ({error})", "write one JSON object per line")
     if not isinstance(row, dict):
         return BadInput("not a JSON object", where, "write one JSON object per line")

@@ -90,8 +90,6 @@ def _judge(bad: BadInput, config: DataConfig, report: Report) -> None:
 
 
 def _numbered(config: DataConfig, split: Split) -> Iterator[tuple[str, str | BadInput]]:
-    if split == "held_out" and not config.held_out and not config.held_out_files:
-        return
     if config.source == "python":
         yield from _python(config, split)
         return
@@ -128,17 +126,18 @@ def _python(config: DataConfig, split: Split) -> Iterator[tuple[str, str | BadIn
 
 
 def _by_position(path: Path, held_out: float, split: Split) -> tuple[Path, int, int | None]:
-    """The characters of a single file that belong to `split`: its end is held out."""
-    if split == "all" or not held_out:
+    """The characters of a single file that belong to `split`: its end is held out. One that is bad is bad for both."""
+    length = None if split == "all" else readers.count_characters(path)
+    if length is None:
         return path, 0, None
-    cut = int(readers.count_characters(path) * (1 - held_out))
+    cut = int(length * (1 - held_out))
     return (path, 0, cut) if split == "train" else (path, cut, None)
 
 
 def _by_name(items: list[Item], names: dict[Item, str], held_out: float, split: Split) -> list[Item]:
     """The items of `split`. With few of them the hash may choose none to hold out: then the nearest to it is."""
     chosen = {item for item in items if _place(names[item]) < held_out}
-    if held_out and not chosen and len(items) > 1:
+    if not chosen and len(items) > 1:
         chosen = {min(items, key=lambda item: _place(names[item]))}
     return [item for item in items if _takes(split, item in chosen)]
 
@@ -157,15 +156,18 @@ def _training_files(config: DataConfig) -> list[Path]:
         raise UserError(
             f"data.files is empty: data.source={config.source!r} needs a path or pattern, such as books/*.txt"
         )
-    excluded = set(_expand(config, "held_out_files"))
-    files = [path for path in _expand(config, "files") if path not in excluded]
+    excluded = {os.path.realpath(path) for path in _expand(config, "held_out_files")}
+    files = [path for path in _expand(config, "files") if os.path.realpath(path) not in excluded]
     if not files:
         raise UserError(f"data.held_out_files takes every file that data.files={config.files!r} matches: none is left")
     return files
 
 
 def _expand(config: DataConfig, key: str) -> list[Path]:
-    """The sorted paths that match the patterns of `data.<key>`."""
+    """The sorted paths that match the patterns of `data.<key>`; a file that several of them lead to comes once.
+
+    Read twice it could be trained on by one name and held out by the other.
+    """
     folders = config.source == "huggingface"
     found: set[Path] = set()
     for pattern in getattr(config, key):
@@ -175,7 +177,10 @@ def _expand(config: DataConfig, key: str) -> list[Path]:
         if not good:
             raise UserError(f"data.{key}={pattern!r} {_why_none(matches, folders)} (looked from {os.getcwd()})")
         found.update(good)
-    return sorted(found)
+    once: dict[str, Path] = {}
+    for path in sorted(found):
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
 def _why_none(matches: list[str], folders: bool) -> str:

@@ -36,7 +36,7 @@ def _files() -> list[str]:
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if name not in LEFT_OUT]
         paths = [Path(folder, name) for name in files if name.endswith(".py")]
-        found += [path.relative_to(root).as_posix() for path in paths if path.stat().st_size]
+        found += [path.relative_to(root).as_posix() for path in paths if path.is_file() and path.stat().st_size]
     if not found:
         raise UserError(
             f"data.source='python' finds no sources in {root}: this Python comes without them; "

@@ -8,7 +8,6 @@ Sizes are checked at every open. Hashes are checked too, but for files above `HA
 changed since they were last found right.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -66,18 +65,6 @@ class TokenStore:
     def lengths(self) -> np.ndarray:
         """Tokens per document, BOS and EOS included."""
         return np.diff(self.offsets)
-
-    @functools.cached_property
-    def token_bytes(self) -> np.ndarray:
-        """int32 [V]: the bytes of text each id stands for."""
-        from llmlab.data.tokenizer import load_tokenizer
-
-        return load_tokenizer(self.path / TOKENIZER).token_bytes()
-
-    @property
-    def fingerprint(self) -> str:
-        """What the store was made from: source, split and tokenizer."""
-        return self.manifest["fingerprint"]
 
 
 class StoreWriter:
@@ -151,11 +138,11 @@ class StoreWriter:
         try:
             state = json.loads((self.path / PROGRESS).read_bytes())
             hashes = {name: _hash(self.path / name, state["files"][name]["bytes"]) for name in files}
-        except (OSError, ValueError):
-            return empty, {name: hashlib.sha256() for name in files}
-        whole = all(hashes[name].hexdigest() == state["files"][name]["sha256"] for name in files)
-        if whole and (state["format"], state["dtype"]) == (FORMAT, self._dtype.str):
-            return state, hashes
+            whole = all(hashes[name].hexdigest() == state["files"][name]["sha256"] for name in files)
+            if whole and (state["format"], state["dtype"]) == (FORMAT, self._dtype.str):
+                return {key: state[key] for key in empty}, hashes
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # torn, or not ours
         return empty, {name: hashlib.sha256() for name in files}
 
 
@@ -179,13 +166,14 @@ def open_sealed(folder: Path, manifest: str) -> dict[str, Any]:
     path = folder / manifest
     try:
         facts = json.loads(path.read_bytes())
+        found, files = facts["format"], facts["files"]
     except FileNotFoundError as error:
         raise TornError(f"{folder} holds no {manifest}: it was never finished; make it again") from error
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise TornError(f"{path} is torn: delete {folder} and make it again") from error
-    if facts["format"] != FORMAT:
-        raise TornError(f"{path} has format {facts['format']}, not {FORMAT}: delete {folder} and make it again")
-    for name, expected in facts["files"].items():
+    if found != FORMAT:
+        raise TornError(f"{path} has format {found}, not {FORMAT}: delete {folder} and make it again")
+    for name, expected in files.items():
         _verify(folder / name, expected["bytes"], expected["sha256"])
     return facts
 

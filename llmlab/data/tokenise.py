@@ -130,6 +130,7 @@ def _give(worker: _Worker, task: list[str]) -> None:
     try:
         worker.pipe.send_bytes(json.dumps(task).encode())
     except OSError:
+        _result(worker)  # raises what it said last, if it still could
         _died(worker)
 
 

@@ -16,6 +16,7 @@ import sentencepiece
 from etils import epath
 
 from llmlab.core.errors import UserError
+from llmlab.core.paths import write_atomic
 
 # Reserved in every vocabulary from the start, so that a pretrained model can become a chat model as it is.
 CHAT_MARKERS = (
@@ -191,7 +192,7 @@ class SentencePieceTokenizer:
         return visible(self._text(id))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        write_whole(path, self._model)
+        write_atomic(path, self._model)
 
     def _text(self, id: int) -> str:
         return self._processor.id_to_piece(id).replace(_SPACE_MARK, " ")
@@ -213,14 +214,6 @@ def refuse_surrogates(text: str) -> None:
 def visible(text: str) -> str:
     """`text` on one line, with spaces, newlines and every other unprintable character made visible."""
     return "".join(_visible_character(character) for character in text)
-
-
-def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file that exists complete or not at all."""
-    file = epath.Path(path)
-    unfinished = file.parent / f"{file.name}.unfinished"
-    unfinished.write_bytes(content)
-    unfinished.replace(file)
 
 
 _SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space, which it cannot tell from the character itself.

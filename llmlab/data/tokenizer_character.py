@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from llmlab.core.errors import UserError
-from llmlab.data.tokenizer import DOCUMENT_MARKERS, refuse_surrogates, visible, write_whole
+from llmlab.core.paths import write_atomic
+from llmlab.data.tokenizer import DOCUMENT_MARKERS, refuse_surrogates, visible
 
 _FORMAT = "llmlab character tokenizer"
 
@@ -57,7 +58,7 @@ class CharacterTokenizer:
         return visible(self._names[id])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        write_whole(path, self._json())
+        write_atomic(path, self._json())
 
     def _json(self) -> bytes:
         return json.dumps({"format": _FORMAT, "characters": self._characters, "markers": self._markers}).encode()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,20 +12,21 @@ from llmlab.core.config import from_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.paths import clear_when_full, write_atomic
 from llmlab.data.config import DataConfig
-from llmlab.data.packing import pack_index
-from llmlab.data.pipeline import TokenBatch, evaluation_batches
+from llmlab.data.pipeline import TokenBatch, evaluation_batches, evaluation_rows
 from llmlab.data.prepare import prepare_parts
+from llmlab.data.progress import shown
 from llmlab.data.sources import Report, Split, documents
 from llmlab.eval.baselines import xz_bits_per_byte
 from llmlab.eval.held_out import make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
-from llmlab.eval.progress import counted
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
 from llmlab.eval.tasks import Task, contexts, read_task
 from llmlab.objective import OBJECTIVES
+from llmlab.workdir.metrics import strict
 from llmlab.workdir.open import Opened
 
 XZ_BYTES = 16 * 2**20
+BASELINE = "xz_bits_per_byte"
 SPLITS: tuple[Split, ...] = ("held_out", "train", "all")
 
 
@@ -78,7 +78,7 @@ def eval_command(
     out: TextIO | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Evaluates `opened`, prints the figures to `out`, and returns what it writes to `eval.json` in the workdir.
+    """Evaluates `opened`, prints the figures to `out`, and returns what it adds to `eval.json` in the workdir.
 
     Rows of tasks with what the model made of them go to `eval/TASK.jsonl`.
 
@@ -91,17 +91,37 @@ def eval_command(
     result: dict[str, Any] = {"step": opened.step}
     if config.held_out:
         result["held_out"] = held_out(opened, config, quiet=quiet)
+        if text_of(opened.config, config) == text_of(opened.config, EvalConfig(batch_size=config.batch_size)):
+            result[BASELINE] = result["held_out"][BASELINE]
         print(_held_out_lines(result["held_out"]), file=out, flush=True)
     if tasks:
         result["tasks"] = []
         score = _scorer(opened, config, quiet)
-        for task, shown in tasks:
-            outcomes = score(task, shown)
+        for task, prompts in tasks:
+            outcomes = score(task, prompts)
             result["tasks"].append(summary(task, outcomes, config.few_shot))
             _write_outcomes(folder / "eval" / f"{task.name}.jsonl", outcomes)
         print(table(result["tasks"]), file=out, flush=True)
-    write_atomic(folder / "eval.json", json.dumps(_strict(result), indent=2, allow_nan=False).encode() + b"\n")
+    keep_results(folder, result)
     return result
+
+
+def keep_results(workdir: str | os.PathLike[str], results: dict[str, Any]) -> None:
+    """Adds `results` to `eval.json`, in place of what it has by the same names.
+
+    `step` says which checkpoint was scored: scores of another go. `xz_bits_per_byte`, of the text that the run held
+    out, is of no step, and stays.
+    """
+    path = Path(workdir) / "eval.json"
+    try:
+        known = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if not isinstance(known, dict):
+        known = {}
+    if "step" in results and known.get("step") != results["step"]:
+        known = {name: known[name] for name in known if name == BASELINE}
+    write_atomic(path, json.dumps(strict(known | results), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -117,8 +137,8 @@ def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict
     objective = from_config_dict(OBJECTIVES[name], opened.config["objective"], "objective")
     evaluate = make_evaluator(objective.make(model, opened.tokenizer.token_bytes()), partition)
     sharding = None if partition is None else partition.sharding("batch", "time")
-    rows = sum(len(pack_index(store, data.packing, data.sequence_length)) for store in stores)
-    with counted("evaluating rows", rows, quiet=quiet) as advance:
+    rows = evaluation_rows(data, parts)
+    with shown("evaluating rows", rows, not quiet, in_bytes=False) as advance:
 
         def passed(batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
             for number, batch in enumerate(batches):
@@ -169,8 +189,8 @@ def xz_of(data: DataConfig, split: Split, quiet: bool) -> dict[str, Any]:
         size += len(texts[-1])
         if size >= XZ_BYTES:
             break
-    with counted("compressing bytes with xz -9", size, quiet=quiet) as advance:
-        return {"xz_bits_per_byte": xz_bits_per_byte(texts, progress=advance), "xz_bytes": size}
+    with shown("compressing with xz -9", size, not quiet) as advance:
+        return {BASELINE: xz_bits_per_byte(texts, progress=advance), "xz_bytes": size}
 
 
 def _held_out_lines(scores: dict[str, Any]) -> str:
@@ -183,7 +203,7 @@ def _held_out_lines(scores: dict[str, Any]) -> str:
             f"  loss           {scores['loss']:.4f} nats per token",
             f"  perplexity     {scores['perplexity']:.3f}",
             f"  bits per byte  {scores['bits_per_byte']:.4f}",
-            f"  xz -9          {scores['xz_bits_per_byte']:.4f} bits per byte, file by file{part}",
+            f"  xz -9          {scores[BASELINE]:.4f} bits per byte, file by file{part}",
         ]
     )
 
@@ -198,8 +218,8 @@ def _tasks(config: EvalConfig) -> Iterator[tuple[Task, list[str]]]:
             raise UserError(f"--tasks has two files named {task.name}: {names[task.name]} and {path}; rename one")
         names[task.name] = path
         kept = config.limit or len(task.rows)
-        shown = contexts(task, config.few_shot, source)
-        yield dataclasses.replace(task, rows=task.rows[:kept]), shown[:kept]
+        prompts = contexts(task, config.few_shot, source)
+        yield dataclasses.replace(task, rows=task.rows[:kept]), prompts[:kept]
 
 
 def _scorer(opened: Opened, config: EvalConfig, quiet: bool) -> Any:
@@ -209,12 +229,12 @@ def _scorer(opened: Opened, config: EvalConfig, quiet: bool) -> Any:
     log_likelihoods = make_log_likelihoods(model, batch_size)
     settings = Generation(config.max_tokens, config.temperature, config.seed, batch_size, config.extract)
 
-    def score(task: Task, shown: Sequence[str]) -> list[Outcome]:
+    def score(task: Task, prompts: Sequence[str]) -> list[Outcome]:
         total = sum(len(row.choices) or 1 for row in task.rows)
-        with counted(f"task {task.name}", total, quiet=quiet) as advance:
+        with shown(f"task {task.name}", total, not quiet, in_bytes=False) as advance:
             if task.kind == "choices":
-                return score_choices(task, shown, model, params, tokenizer, log_likelihoods, advance)
-            return score_generation(task, shown, model, params, tokenizer, settings, advance)
+                return score_choices(task, prompts, model, params, tokenizer, log_likelihoods, advance)
+            return score_generation(task, prompts, model, params, tokenizer, settings, advance)
 
     return score
 
@@ -223,12 +243,3 @@ def _write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
     with clear_when_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, b"".join(json.dumps(outcome, ensure_ascii=False).encode() + b"\n" for outcome in outcomes))
-
-
-def _strict(value: Any) -> Any:
-    """`value` for strict JSON: what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

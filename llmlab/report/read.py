@@ -15,8 +15,16 @@ from llmlab.workdir.metrics import MetricsLog
 Row = dict[str, Any]
 Points = list[tuple[float, float | None]]
 
-# From the start of a text or after a mark that can stand before a path, as in --workdir=/a/b or ['/a/b', '/c'].
-ABSOLUTE = re.compile(r"""(?:^|(?<=[\s=:,;'"(\[]))(?:\w+://|~|[A-Za-z]:[\\/]|/)[^\s,;'"()\[\]][^,;'"()\[\]]*""")
+# From the start of a text or after a mark that can stand before a path, as in --workdir=/a/b or ['/a/b', '/c/d'].
+# One part is not enough, and the first begins with a letter, digit or dot: `// a note`, `/* x` and `/s` are text.
+ABSOLUTE = re.compile(
+    r"""
+    (?: ^ | (?<=[\s=:,;'"(\[]) )
+    (?: ~([A-Za-z]\w*)?[\\/]  |  (?: \w+:/{2,3} | [A-Za-z]:[\\/] | / ) [\w.][^\s\\/,;'"()\[\]]* [\\/] )
+    [^\s\\/,;'"()\[\]] [^\t\r\n,;'"()\[\]]*
+    """,
+    re.VERBOSE,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,6 @@ The same command again skips what is done, tries again what failed, and goes on 
 
 import contextlib
 import dataclasses
-import fnmatch
-import json
 import os
 import signal
 import subprocess
@@ -19,13 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from llmlab.core.config import differences
 from llmlab.core.errors import EXIT_STOPPED_AND_SAVED, StoppedAndSaved, UserError
 from llmlab.core.paths import locked
 from llmlab.scaling.grid import Grid, Settings
 from llmlab.scaling.results import Result, best, measured, recorded, write_results
 from llmlab.train.progress import clock
-from llmlab.workdir.files import MAY_CHANGE, Workdir
+from llmlab.workdir.files import Workdir, forbidden_changes
 
 POLL_SECONDS = 0.05
 LOG_TAIL_BYTES = 16384
@@ -222,8 +219,8 @@ def _ended(result: Result, child: Child, asked: bool) -> Result:
     result = measured(
         dataclasses.replace(result, status="waiting", seconds=result.seconds + child.seconds(), exit_code=code)
     )
-    if code == 0 and result.steps is not None and result.step == result.steps:
-        return dataclasses.replace(result, status="done")  # without held-out data there is no evaluation to wait for
+    if code == 0 and result.status == "done":
+        return result
     if code == EXIT_STOPPED_AND_SAVED or (asked and code != 0):
         return dataclasses.replace(result, status="stopped")
     error = child.last_line() or (f"killed by signal {-code}" if code < 0 else f"exit code {code} without a word")
@@ -247,16 +244,8 @@ def _check_same_config(folder: Path, resolved: Mapping[str, Any]) -> None:
     workdir = Workdir(folder)
     if not workdir.config.exists():
         return
-    there, here = workdir.read_config()["config"], json.loads(json.dumps(resolved))
-    ignored = [*MAY_CHANGE]
-    if not here.get("model", {}).get("vocab_size", 0):
-        ignored.append("model.vocab_size")  # the run fills in its tokenizer's
-    changed = [
-        line
-        for line in differences(there, here)
-        if not any(fnmatch.fnmatch(line.partition(":")[0], pattern) for pattern in ignored)
-    ]
-    if changed:
+    filled_in = () if resolved.get("model", {}).get("vocab_size", 0) else ("model.vocab_size",)  # by its tokenizer
+    if changed := forbidden_changes(workdir.read_config()["config"], resolved, *filled_in):
         raise UserError(f"{folder} holds a run of another config ({'; '.join(changed)}): choose another --workdir")
 
 

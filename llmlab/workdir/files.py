@@ -136,13 +136,24 @@ class Workdir:
                     f"--workdir={self.path} has checkpoints but no config.json: restore it, or choose another folder"
                 )
             return
-        here = json.loads(json.dumps(config))
-        changed = [line for line in differences(self.read_config()["config"], here) if not _may_change(line)]
-        if changed:
+        if changed := forbidden_changes(self.read_config()["config"], config):
             raise UserError(
                 f"--workdir={self.path} belongs to a run of another config: choose another folder, or undo\n  "
                 + "\n  ".join(changed)
             )
+
+
+def forbidden_changes(there: Mapping[str, Any], here: Mapping[str, Any], *allowed: str) -> list[str]:
+    """What differs between two resolved configs that may not differ between two starts of one run, a line each.
+
+    `allowed`: patterns of keys that may differ here, beside those of `MAY_CHANGE`.
+    """
+    patterns = (*MAY_CHANGE, *allowed)
+    return [
+        line
+        for line in differences(there, json.loads(json.dumps(here)))
+        if not any(fnmatch.fnmatch(line.partition(":")[0], pattern) for pattern in patterns)
+    ]
 
 
 def environment() -> dict[str, Any]:
@@ -162,15 +173,19 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit of this code, `-dirty` where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of this code, `-dirty` where files differ from it.
+
+    Installed below a repository of something else (a `.venv` in a project), it is no part of what that one records.
+    """
+    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
+    return tracked and _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _may_change(difference: str) -> bool:
-    key = difference.partition(":")[0]
-    return any(fnmatch.fnmatch(key, pattern) for pattern in MAY_CHANGE)

@@ -29,7 +29,7 @@ class MetricsLog:
         Raises:
           DiskFull: there is no room; the file ends with the row before.
         """
-        line = json.dumps({key: _strict(value) for key, value in row.items()}, allow_nan=False).encode() + b"\n"
+        line = json.dumps(strict(dict(row)), allow_nan=False).encode() + b"\n"
         with clear_when_full(self.path):
             if self._file is None:
                 self._file = self._open()
@@ -113,11 +113,7 @@ class TensorBoardLog:
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds a row.
-
-        Raises:
-          DiskFull: there is no room.
-        """
+        """Adds a row; a thread writes it later, so a full disk goes unnoticed here."""
         for key, value in row.items():
             if key != "step" and isinstance(value, Real):
                 self._writer.add_scalar(key, float(value), int(row["step"]))
@@ -127,6 +123,11 @@ class TensorBoardLog:
         self._writer.close()
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """`value` for strict JSON: numpy's numbers become Python's, and what is not finite null."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [strict(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
