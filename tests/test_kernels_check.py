@@ -1,12 +1,29 @@
 """The start-up check: passes what is right, catches what is planted, and runs once per device and version."""
 
+import dataclasses
+import errno
+import functools
+import types
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from llmlab.kernels import check
+from experiments.quickstart import get_config
+from llmlab.core.arrays import Mean
+from llmlab.core.errors import UserError
+from llmlab.core.mesh import single_device
+from llmlab.data.pipeline import TokenBatch
+from llmlab.kernels import attention as attention_contract
+from llmlab.kernels import attention_blockwise, check, logprobs
 from llmlab.kernels.attention_blockwise import BLOCK
 from llmlab.kernels.check import Comparison, check_attention, check_token_logprobs, checked_once, compare
+from llmlab.model.transformer import make_model
+from llmlab.train import check as run_check
+from llmlab.train.config import resolve
+from tests.helpers import tiny_llama
 
 
 def failed(rows):
@@ -104,12 +121,32 @@ def test_it_runs_once_per_key(tmp_path):
     assert run.runs == 2
 
 
-def test_another_version_runs_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", ["check.__version__", "check.jax.__version__", "check.metadata.version"])
+def test_another_version_runs_again(tmp_path, monkeypatch, version):
     run = Counter()
     checked_once([], run, tmp_path)
-    monkeypatch.setattr(check, "__version__", "another")
+    monkeypatch.setattr(
+        f"llmlab.kernels.{version}", (lambda _: "another") if version.endswith(".version") else "another"
+    )
     checked_once([], run, tmp_path)
     assert run.runs == 2
+
+
+def test_another_driver_runs_again(tmp_path, monkeypatch):
+    run = Counter()
+    for driver in ("cuda 12", "cuda 13", "cuda 12"):
+        client = types.SimpleNamespace(platform_version=driver)
+        device = types.SimpleNamespace(platform="gpu", device_kind="a", client=client)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+        checked_once([], run, tmp_path)
+    assert run.runs == 2
+
+
+def test_a_full_disk_does_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    run = Counter()
+    assert checked_once([], run, tmp_path) == run.rows
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failure_is_not_remembered(tmp_path):
@@ -136,3 +173,150 @@ def test_a_cache_that_cannot_be_written_does_no_harm(tmp_path):
     (tmp_path / "file").write_text("")
     run = Counter()
     assert checked_once([], run, tmp_path / "file" / "cache") == run.rows
+
+
+# --- the check of a run ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def quickstart():
+    """Rows of 256 tokens, 16 of them, over a vocabulary of 4096."""
+    return resolve(get_config())
+
+
+def changed(experiment, **sections):
+    """The experiment with keys of its sections replaced."""
+    new = {name: dataclasses.replace(getattr(experiment, name), **keys) for name, keys in sections.items()}
+    return dataclasses.replace(experiment, **new)
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """The names of the versions that were called since."""
+    names = []
+    attention = [(attention_contract, "short"), (attention_contract, "blockwise")]
+    for module, attribute in [*attention, (logprobs, "_plain"), (logprobs, "_chunked")]:
+        version = getattr(module, attribute)
+
+        def noted(*args, name=attribute.strip("_"), version=version, **kwargs):
+            names.append(name)
+            return version(*args, **kwargs)
+
+        monkeypatch.setattr(module, attribute, noted)
+    return names
+
+
+@pytest.mark.parametrize(
+    "sections, expected",
+    [
+        ({}, {"short", "chunked"}),
+        ({"optimizer": {"accumulate": 2}}, {"short", "plain"}),
+        (
+            {"data": {"batch_size": 2, "sequence_length": 2048}, "model": {"max_positions": 2048}},
+            {"blockwise", "chunked"},
+        ),
+        ({"data": {"batch_size": 512}}, {"blockwise", "chunked"}),
+        ({"model": {"attention": "blockwise"}, "objective": {"logprobs": "plain"}}, {"blockwise", "plain"}),
+    ],
+    ids=str,
+)
+def test_a_run_and_its_check_use_the_same_versions(sections, expected, used):
+    experiment = changed(quickstart(), **sections)
+    config = dataclasses.replace(experiment.model, vocab_size=experiment.data.tokenizer.vocab_size)
+    model = make_model(config)
+    loss = experiment.objective.make(model, np.ones(config.vocab_size, np.int32))
+    shape = (experiment.data.batch_size // experiment.optimizer.accumulate, experiment.data.sequence_length)
+    ids, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    used.clear()
+    jax.eval_shape(lambda params, batch: loss(params, batch, None), params, TokenBatch(ids, ids, mask, ids, ids))
+    assert set(used) == expected
+    assert {each.keywords["implementation"] for each in run_check.kernel_checks(experiment)} == expected
+
+
+def small_run(**sections):
+    """As the quickstart, over a narrow model."""
+    narrow = tiny_llama(dtype="float32", vocab_size=64, max_positions=512)
+    return changed(dataclasses.replace(quickstart(), model=narrow), **sections)
+
+
+def test_the_versions_are_checked_in_several_pieces(used, monkeypatch):
+    experiment = small_run(data={"batch_size": 4096, "sequence_length": 64})
+    pieces = {}
+    split, to_blocks = logprobs._split, attention_blockwise._to_blocks
+
+    def noted_split(arrays, chunk):
+        out = split(arrays, chunk)
+        pieces["chunks"] = len(out[0])
+        return out
+
+    def noted_blocks(q_BTNH, block, K):
+        out = to_blocks(q_BTNH, block, K)
+        pieces["blocks"] = len(out)
+        return out
+
+    monkeypatch.setattr(logprobs, "_split", noted_split)
+    monkeypatch.setattr(attention_blockwise, "_to_blocks", noted_blocks)
+    monkeypatch.setattr(attention_contract, "SHORT_SCORES_IN_ALL", 2**20)
+    assert failed(run_check.kernel_rows(experiment)) == []
+    assert set(used) == {"blockwise", "chunked"}
+    assert pieces == {"chunks": 3, "blocks": 3}
+
+
+def test_the_check_gives_segment_ids_as_the_model_does(monkeypatch):
+    given = []
+    right = check.attention
+
+    def noted(*args, **kwargs):
+        given.append(kwargs["q_segment_ids_BT"] is not None and kwargs["k_segment_ids_BS"] is not None)
+        return right(*args, **kwargs)
+
+    monkeypatch.setattr(check, "attention", noted)
+    run_check.kernel_checks(small_run(data={"packing": "chunk"}))[0]()
+    assert given
+    assert all(given)
+
+
+def test_a_run_that_asks_for_cudnn_is_refused_at_its_check(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match="'cudnn' cannot do this: it takes no segment ids.*use 'auto'"):
+        run_check.kernel_rows(small_run(model={"attention": "cudnn", "dtype": "bfloat16"}, data={"packing": "chunk"}))
+
+
+def test_gradients_are_compared_in_full_precision(monkeypatch):
+    seen = []
+
+    def noted(loss, params, *args):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return Mean(jnp.ones(()), jnp.ones(())), {}, params
+
+    monkeypatch.setattr(run_check, "accumulated_gradients", noted)
+    before = jax.config.jax_default_matmul_precision
+    small = run_check.twin(small_run(data={"sequence_length": 16}), single_device())
+    for row in run_check.gradient_rows(small, single_device()):
+        assert row.ok
+        assert jax.config.jax_default_matmul_precision == before
+    assert seen == ["highest", "highest"]
+
+
+def test_a_state_is_saved_in_the_folder_given_and_nothing_left(tmp_path, monkeypatch):
+    saved = []
+    right = run_check.Checkpoints
+    monkeypatch.setattr(run_check, "Checkpoints", lambda folder: (saved.append(folder), right(folder))[1])
+    folder = tmp_path / "not yet" / "there"
+    (row,) = run_check.restore_rows(small_run(), single_device(), folder)
+    assert row.ok
+    assert [place.is_relative_to(folder) for place in saved] == [True]
+    assert list(folder.iterdir()) == []
+
+
+def test_several_processes_need_a_folder(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="give --workdir on a shared file system"):
+        next(run_check.check_experiment(small_run(), single_device()))
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_check, "_same_everywhere", lambda own: str(Path(own) / "of process 0"))
+    with pytest.raises(UserError, match="not the same folder on all hosts"):
+        next(run_check.restore_rows(small_run(), single_device(), tmp_path))

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.special import log_softmax, logsumexp
 
 from llmlab.core.errors import UserError
+from llmlab.kernels import logprobs
 from llmlab.kernels.logprobs import TokenLogprobs, token_logprobs
 
 B, T, D, V = 3, 11, 6, 17
@@ -121,6 +122,42 @@ def test_a_sharded_batch_is_not_gathered():
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile()
     assert "all-gather" not in compiled.as_text()
+
+
+def test_a_sharded_sequence_is_not_gathered(monkeypatch):
+    monkeypatch.setitem(logprobs.CHUNK_TOKENS, "cpu", 40)  # 20 a row; 16 of them four times make 64
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    time = P(None, "sequence")
+    shapes = [((2, 64, 16), jnp.float32, time), ((16, 96), jnp.float32, P()), ((2, 64), jnp.int32, time)]
+    arguments = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, p)) for s, t, p in shapes]
+
+    def loss(hidden, w, target):
+        out = token_logprobs(hidden, w, target, implementation="chunked", flatten=False)
+        return jnp.mean(out.logp_BT + out.logz_BT)
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().as_text()
+    assert "while" in compiled
+    assert "f32[2,2,96]" in compiled, "a device's part of a chunk of logits"
+    for moved in ("all-gather", "all-to-all", "collective-permute"):
+        assert moved not in compiled
+
+
+def test_chunks_of_a_sharded_sequence_give_the_same_gradients():
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    weights = (1, 0.5, -0.3)
+    with jax.enable_x64(True):
+        arguments = tuple(map(jnp.asarray, make(shape=(2, 64, 6, 17))))
+        truths = gradients(weights, arguments, implementation="reference")
+        time = NamedSharding(mesh, P(None, "sequence"))
+        sharded = jax.device_put(arguments, (time, NamedSharding(mesh, P()), time))
+        chunked = gradients(weights, sharded, implementation="chunked", chunk=16, flatten=False)
+        for actual, truth in zip(chunked, truths, strict=True):
+            assert error(actual, np.asarray(truth)) < 1e-12
+
+
+@pytest.mark.parametrize("B, T, chunk", [(1, 256, 256), (16, 256, 64), (12, 256, 64), (4, 300, 150), (2048, 8, 1)])
+def test_a_power_of_two_of_chunks_stays_below_the_tokens_allowed(B, T, chunk):
+    assert logprobs._chunk_of(B, T, "cpu") == chunk
 
 
 @pytest.mark.parametrize("version", ["plain", "chunked"])

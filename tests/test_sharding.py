@@ -11,6 +11,7 @@ import pytest
 
 from llmlab.core.mesh import MeshConfig, make_partition, single_device
 from llmlab.data.config import DataConfig
+from llmlab.kernels import logprobs as kernel_logprobs
 from llmlab.kernels.logprobs import TokenLogprobs
 from llmlab.model.transformer import make_model
 from llmlab.objective import NextTokenConfig
@@ -28,7 +29,7 @@ MESHES = {
     "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
 }
-FAST = [("2x2x2", False, "plain", "float32")]
+FAST = [("2x2x2", False, "plain", "float32"), ("sequence", False, "chunked", "float32")]
 ALL = list(itertools.product(MESHES, (False, True), ("plain", "chunked"), ("float32", "float64")))
 
 
@@ -48,6 +49,19 @@ def gradients(mesh, scan, logprobs, dtype):
         batch = jax.device_put(packed_batch(), partition.sharding("batch", "time"))
         run = jax.jit(lambda p, b: accumulated_gradients(loss, p, {}, b, jax.random.key(0), 1, partition)[::2])
         return host(run(params, batch))
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch):
+    """Chunks of 4 of the 16 tokens of each of 8 rows."""
+    monkeypatch.setitem(kernel_logprobs.CHUNK_TOKENS, "cpu", 32)
+    split = kernel_logprobs._split
+
+    def in_chunks_of_4(arrays, chunk):
+        assert chunk == 4
+        return split(arrays, chunk)
+
+    monkeypatch.setattr(kernel_logprobs, "_split", in_chunks_of_4)
 
 
 @pytest.mark.parametrize(

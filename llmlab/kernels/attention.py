@@ -1,7 +1,7 @@
 """Attention: the contract, and which version answers it.
 
 Versions: `reference` (obviously right, every score in memory), `short` (fast on CPU, weights kept, memory T * S),
-`blockwise` (memory linear in length) and `cudnn` (NVIDIA GPU, few options).
+`blockwise` (memory linear in length) and `cudnn` (NVIDIA GPU, few options, no segment ids: the model never uses it).
 """
 
 import jax
@@ -66,7 +66,8 @@ def attention(
     platform = jax.default_backend()
     why_not_cudnn = refusal(q_BTNH, v_BSKH, mask, softcap, sinks_N, platform)
     if implementation == "auto":
-        implementation = _choose(q_BTNH, k_BSKH, platform, why_not_cudnn is None)
+        (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+        implementation = choose(B, T, S, N, platform, why_not_cudnn is None)
     if implementation == "cudnn":
         if why_not_cudnn is not None:
             raise UserError(f"attention implementation 'cudnn' cannot do this: {why_not_cudnn}; use 'auto'")
@@ -79,8 +80,8 @@ def attention(
     return versions[implementation](q_BTNH, k_BSKH, v_BSKH, mask, scale=scale, softcap=softcap, sinks_N=sinks_N)
 
 
-def _choose(q_BTNH: jax.Array, k_BSKH: jax.Array, platform: str, cudnn_can: bool) -> str:
-    (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+def choose(B: int, T: int, S: int, N: int, platform: str, cudnn_can: bool) -> str:
+    """The version that "auto" is, for so many rows, queries, keys and query heads."""
     if T == 1:
         # On CPU `short` reads a cache that lies as [B, K, S, H] in place. Elsewhere a product reads any layout, so the
         # reference's grouped einsum is already lean.

@@ -1,6 +1,7 @@
 """Attention through cuDNN's fused kernel on an NVIDIA GPU. Not yet measured or checked on one here.
 
 It takes no segment ids (a mask would become a dense bias), no soft-cap and no sinks, and goes by index, not position.
+The model's batches always carry segment ids, so no run uses it: it serves direct calls of `attention` without them.
 """
 
 import jax
@@ -34,7 +35,7 @@ def refusal(
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, not {q_BTNH.dtype}"
     if mask.q_segments_BT is not None:
-        return "it takes no segment ids (packed or padded rows)"
+        return "it takes no segment ids, and the batches of a model always carry them"
     if softcap is not None or sinks_N is not None:
         return "it takes neither soft-cap nor sinks"
     if (mask.causal or mask.window is not None) and not mask.in_order:

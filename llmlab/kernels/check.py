@@ -1,11 +1,12 @@
 """Is the chosen kernel right on this machine? Compared with its reference before a run trusts it, gradients too."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmlab import __version__
+from llmlab.core.errors import DiskFull
+from llmlab.core.paths import write_atomic
 from llmlab.kernels import attention_blockwise
 from llmlab.kernels.attention import attention
 from llmlab.kernels.logprobs import token_logprobs
 
+LENGTH = 2 * attention_blockwise.BLOCK + 40
 # Relative norms that rounding explains on products of some hundred terms, several times over.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 
@@ -46,7 +50,15 @@ def compare(
     """
     precise = {name: x if reference_dtype is None else x.astype(reference_dtype) for name, x in arguments.items()}
     actual, truth = _outputs_and_gradients(function, arguments), _outputs_and_gradients(reference, precise)
-    return [_comparison(name, actual[name], truth[name], tolerance) for name in truth]
+    return [compared(name, actual[name], truth[name], tolerance) for name in truth]
+
+
+def compared(name: str, actual: Any, truth: Any, tolerance: float) -> Comparison:
+    """The relative difference of two arrays in Euclidean norm."""
+    wanted = np.asarray(truth, np.float64)
+    distance = float(np.linalg.norm(np.asarray(actual, np.float64) - wanted))
+    error = distance / max(float(np.linalg.norm(wanted)), 1e-30)
+    return Comparison(name, error, tolerance, bool(error <= tolerance))
 
 
 def check_attention(
@@ -65,28 +77,29 @@ def check_attention(
     """Attention as training calls it, at least two blocks long, against the reference in float32 or better.
 
     Args:
-      packed: two documents and padding in each row, cut at different places.
-      length: tokens a row; more than two blocks when None. Give the run's own, so that "auto" chooses as it will.
+      packed: two documents and padding in each row, cut at different places; else one document.
+      implementation: the run's, by name: "auto" would choose for the few rows of the check.
+      length: tokens a row; `LENGTH`, more than two blocks, when None.
     """
-    B, T = 2, length or 2 * attention_blockwise.BLOCK + 40
+    B, T = 2, length or LENGTH
     shapes = {"q": (B, T, heads, head_dim), "k": (B, T, kv_heads, head_dim), "v": (B, T, kv_heads, head_dim)}
     arguments = _random(shapes, dtype)
     cuts_B1 = jnp.array([[T // 3], [T // 2]], jnp.int32)
     index_1T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.broadcast_to(index_1T, (B, T))
-    segments: dict[str, Any] = {}
+    segments_BT = jnp.ones((B, T), jnp.int32)
     if packed:
         segments_BT = jnp.where(index_1T >= T - 9, 0, 1 + (index_1T >= cuts_B1))
         positions_BT = jnp.where(index_1T >= cuts_B1, index_1T - cuts_B1, index_1T)
-        segments = {"q_segment_ids_BT": segments_BT, "k_segment_ids_BS": segments_BT}
     ask: Callable[..., jax.Array] = functools.partial(
         attention,
         q_positions_BT=positions_BT,
         k_positions_BS=positions_BT,
+        q_segment_ids_BT=segments_BT,
+        k_segment_ids_BS=segments_BT,
         causal=causal,
         window=window,
         softcap=softcap,
-        **segments,
     )
     return compare(
         lambda q, k, v: {"attention": ask(q, k, v, rows_in_order=True, implementation=implementation)},
@@ -128,7 +141,9 @@ def checked_once(
 ) -> list[Comparison]:
     """The rows of `run()`, remembered per device, versions and `key_parts`; only a check that passed is remembered."""
     device = jax.devices()[0]
-    key = [device.platform, device.device_kind, jax.__version__, __version__, *map(str, key_parts)]
+    # The compiler and the driver can go wrong as well as the code: each has a version of its own.
+    compiler = [jax.__version__, metadata.version("jaxlib"), str(getattr(device.client, "platform_version", ""))]
+    key = [device.platform, device.device_kind, *compiler, __version__, *map(str, key_parts)]
     marker = Path(cache_dir) / f"check-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
     remembered = _read_marker(marker)
     if remembered is not None:
@@ -154,13 +169,6 @@ def _outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, ja
     return out | {f"gradient of {name}": grad for name, grad in grads.items()}
 
 
-def _comparison(name: str, actual: jax.Array, truth: jax.Array, tolerance: float) -> Comparison:
-    wanted = np.asarray(truth, np.float64)
-    distance = float(np.linalg.norm(np.asarray(actual, np.float64) - wanted))
-    error = distance / max(float(np.linalg.norm(wanted)), 1e-30)
-    return Comparison(name, error, tolerance, bool(error <= tolerance))
-
-
 def _tolerance(dtype: Any) -> float:
     # Products of float32 go through TensorFloat-32 or bfloat16 on accelerators unless the precision is raised.
     name = jnp.dtype(dtype).name
@@ -182,16 +190,7 @@ def _read_marker(marker: Path) -> list[Comparison] | None:
 
 
 def _write_marker(marker: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all; a cache that cannot be written costs only the next check."""
-    try:
+    """A cache that cannot be written costs only the next check."""
+    with contextlib.suppress(OSError, DiskFull):
         marker.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=marker.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(content, file)
-            os.replace(temporary, marker)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError:
-        return
+        write_atomic(marker, json.dumps(content).encode())

@@ -55,7 +55,7 @@ def token_logprobs(
     They are computed and returned in `promote_types(dtype, float32)`.
 
     Args:
-      chunk: tokens of each row that `chunked` takes at once; when None, `CHUNK_TOKENS` in all rows together.
+      chunk: tokens of each row that `chunked` takes at once; when None, up to `CHUNK_TOKENS` in all rows together.
       flatten: merge B and T around the products, faster on CPU. Pass False when T is sharded.
 
     Raises:
@@ -71,18 +71,32 @@ def token_logprobs(
         raise UserError(f"temperature={temperature} has no log-probabilities: give a number above 0")
     platform = jax.default_backend()
     if implementation == "auto":
-        size = B * T * w_DV.shape[1] * jnp.promote_types(hidden_BTD.dtype, jnp.float32).itemsize
-        implementation = "plain" if size <= PLAIN_BYTES.get(platform, PLAIN_BYTES_ELSEWHERE) else "chunked"
+        implementation = choose(B, T, w_DV.shape[1], hidden_BTD.dtype, platform)
     if implementation == "reference":
         return reference(hidden_BTD, w_DV, target_BT, temperature=temperature, softcap=softcap)
     if implementation == "plain":
         return _plain(_Options(temperature, softcap, flatten, T), hidden_BTD, w_DV, target_BT)
     if implementation == "chunked":
         if chunk is None:
-            chunk = -(-CHUNK_TOKENS.get(platform, CHUNK_TOKENS_ELSEWHERE) // B)
+            chunk = _chunk_of(B, T, platform)
         return _chunked(_Options(temperature, softcap, flatten, min(chunk, T)), hidden_BTD, w_DV, target_BT)
     choices = nearest(implementation, IMPLEMENTATIONS)
     raise UserError(f"unknown log-probability implementation {implementation!r}: {choices}")
+
+
+def choose(B: int, T: int, V: int, dtype: Any, platform: str) -> str:
+    """The version that "auto" is, for so many rows, tokens a row and logits a token, and hidden states of `dtype`."""
+    size = B * T * V * jnp.promote_types(dtype, jnp.float32).itemsize
+    return "plain" if size <= PLAIN_BYTES.get(platform, PLAIN_BYTES_ELSEWHERE) else "chunked"
+
+
+def _chunk_of(B: int, T: int, platform: str) -> int:
+    # So many chunks divide most lengths, and what is left most meshes: nothing is padded or moved between devices.
+    most = -(-CHUNK_TOKENS.get(platform, CHUNK_TOKENS_ELSEWHERE) // B)
+    chunks = 1
+    while chunks * most < T:
+        chunks *= 2
+    return -(-T // chunks)
 
 
 def reference(
@@ -214,18 +228,22 @@ def _is_target(logits_BTV: jax.Array, target_BT: jax.Array) -> jax.Array:
 
 
 def _split(arrays: Any, chunk: int) -> Any:
-    """[B, T, ...] to [chunks, B, chunk, ...], so that a sharded batch axis stays whole; T padded with zeros."""
+    """[B, T, ...] to [C, B, chunk, ...], T padded with zeros. Chunk i holds the tokens i, i + C, i + 2C, …
+
+    Every device then finds a part of each chunk at home, whether rows or time are sharded; consecutive tokens would lie
+    on one device, and all would compute them.
+    """
 
     def split(x_BT: jax.Array) -> jax.Array:
         x_BT = jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % chunk)) + ((0, 0),) * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:]), 1, 0)
+        return jnp.moveaxis(x_BT.reshape(x_BT.shape[0], chunk, -1, *x_BT.shape[2:]), 2, 0)
 
     return jax.tree.map(split, arrays)
 
 
 def _join(chunks: Any, length: int) -> Any:
     def join(x_CBT: jax.Array) -> jax.Array:
-        x_BCT = jnp.moveaxis(x_CBT, 0, 1)
-        return x_BCT.reshape(x_BCT.shape[0], -1, *x_BCT.shape[3:])[:, :length]
+        x_BTC = jnp.moveaxis(x_CBT, 0, 2)
+        return x_BTC.reshape(x_BTC.shape[0], -1, *x_BTC.shape[3:])[:, :length]
 
     return jax.tree.map(join, chunks)

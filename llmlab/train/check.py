@@ -7,6 +7,7 @@ restore.
 
 import dataclasses
 import functools
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from llmlab.core.distributed import together
+from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition, fetch, single_device
 from llmlab.data.pipeline import TokenBatch
-from llmlab.kernels.check import Comparison, check_attention, check_token_logprobs
+from llmlab.kernels import attention, logprobs
+from llmlab.kernels.check import LENGTH, Comparison, check_attention, check_token_logprobs, compared
 from llmlab.model.transformer import make_model
 from llmlab.train.config import Experiment
 from llmlab.train.optimizer import make_optimizer
@@ -28,14 +32,28 @@ from llmlab.workdir.checkpoints import Checkpoints
 
 GRADIENT_TOLERANCE = 1e-5
 LONGEST = 128
+LONGEST_ATTENTION = 1024
+# Three chunks of the 48 tokens that are checked, the last of them not full.
+CHUNK = 20
 
 
-def check_experiment(experiment: Experiment, partition: Partition) -> Iterator[Comparison]:
-    """All comparisons, as they finish: kernels, gradients by leaf, save and restore."""
+def check_experiment(
+    experiment: Experiment, partition: Partition, folder: str | os.PathLike[str] | None = None
+) -> Iterator[Comparison]:
+    """All comparisons, as they finish: kernels, gradients by leaf, save and restore.
+
+    Args:
+      folder: where to save, in a folder made for it and removed again; the system's temporary one when None.
+
+    Raises:
+      UserError: several processes and no folder, or one that they do not share.
+    """
+    if folder is None and jax.process_count() > 1:
+        raise UserError("on several processes check saves where all see it: give --workdir on a shared file system")
     yield from kernel_rows(experiment)
     small = twin(experiment, partition)
     yield from gradient_rows(small, partition)
-    yield from restore_rows(small, partition)
+    yield from restore_rows(small, partition, folder)
 
 
 def kernel_rows(experiment: Experiment) -> list[Comparison]:
@@ -46,35 +64,55 @@ def kernel_rows(experiment: Experiment) -> list[Comparison]:
 def kernel_checks(experiment: Experiment) -> list[functools.partial]:
     """The comparisons that `kernel_rows` makes, as calls: their arguments say which kernels the run would use how."""
     model, data = experiment.model, experiment.data
+    attention_name, logprobs_name = versions(experiment)
     checks = []
     for kind in dict.fromkeys(model.pattern):
-        attention = functools.partial(
+        check = functools.partial(
             check_attention,
             model.H,
             model.heads,
             model.K,
             model.dtype,
-            length=data.sequence_length,
+            length=min(max(data.sequence_length, LENGTH), LONGEST_ATTENTION),
             window=model.window if kind == "local" else None,
             softcap=model.attention_softcap,
             packed=data.packing == "best_fit",
-            implementation=model.attention,
+            implementation=attention_name,
         )
-        checks.append(attention)
-    vocab_size = model.vocab_size or data.tokenizer.vocab_size
-    logprobs = functools.partial(
+        checks.append(check)
+    check = functools.partial(
         check_token_logprobs,
         min(model.width, 1024),
-        min(vocab_size, 32768),
+        min(_vocab_size(experiment), 32768),
         model.dtype,
         softcap=model.logit_softcap,
-        implementation=experiment.objective.logprobs,
+        implementation=logprobs_name,
+        chunk=CHUNK,
     )
-    return [*checks, logprobs]
+    return [*checks, check]
+
+
+def versions(experiment: Experiment) -> tuple[str, str]:
+    """The names of the attention and the log-probabilities that a step of this run uses, "auto" resolved."""
+    model, data = experiment.model, experiment.data
+    B, T, platform = data.batch_size // experiment.optimizer.accumulate, data.sequence_length, jax.default_backend()
+    attention_name, logprobs_name = model.attention, experiment.objective.logprobs
+    # cuDNN cannot: a batch always carries segment ids.
+    auto_attention = attention.choose(B, T, T, model.heads, platform, cudnn_can=False)
+    auto_logprobs = logprobs.choose(B, T, _vocab_size(experiment), model.dtype, platform)
+    return (
+        auto_attention if attention_name == "auto" else attention_name,
+        auto_logprobs if logprobs_name == "auto" else logprobs_name,
+    )
+
+
+def _vocab_size(experiment: Experiment) -> int:
+    return experiment.model.vocab_size or experiment.data.tokenizer.vocab_size
 
 
 def twin(experiment: Experiment, partition: Partition) -> Experiment:
-    """The same kinds of layers, heads and mesh, in float32, small enough for one device in seconds."""
+    """The same kinds of layers, heads, kernels and mesh, in float32, small enough for one device in seconds."""
+    attention_name, logprobs_name = versions(experiment)
     model, tensor = experiment.model, partition.size("heads")
     if model.width > 256:
         groups = model.heads // model.K
@@ -82,13 +120,15 @@ def twin(experiment: Experiment, partition: Partition) -> Experiment:
         model = dataclasses.replace(model, width=64 * partition.size("embed"), mlp_width=128 * tensor, **heads)
     layers = min(model.layers, max(2, len(model.pattern)))
     vocab_size = 512 * partition.size("vocab") if model.vocab_size == 0 or model.vocab_size > 4096 else model.vocab_size
-    model = dataclasses.replace(model, layers=layers, vocab_size=vocab_size, dtype="float32", param_dtype="float32")
+    small: Any = dict(attention=attention_name, layers=layers, vocab_size=vocab_size)
+    model = dataclasses.replace(model, dtype="float32", param_dtype="float32", **small)
+    objective = dataclasses.replace(experiment.objective, logprobs=logprobs_name)  # type: ignore[arg-type]
     data, optimizer = experiment.data, experiment.optimizer
     pieces = partition.size("time")
     length = -(-min(data.sequence_length, LONGEST) // pieces) * pieces
     rows = 2 * partition.size("batch") * optimizer.accumulate
     data = dataclasses.replace(data, batch_size=rows, sequence_length=length)
-    return dataclasses.replace(experiment, model=model, data=data)
+    return dataclasses.replace(experiment, model=model, data=data, objective=objective)
 
 
 def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comparison]:
@@ -105,7 +145,9 @@ def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comp
         placed = _place(params, partition.shardings(model.axes))
         rows = _place(batch, jax.tree.map(lambda _: partition.sharding("batch", "time"), batch))
         run = jax.jit(lambda p, b: accumulated_gradients(loss, p, {}, b, key, accumulate, partition)[::2])
-        return fetch(run(placed, rows)) if partition.mesh.size > 1 else jax.device_get(run(placed, rows))
+        # Accelerators otherwise round the factors of float32 products to fewer bits than the tolerance allows.
+        with jax.default_matmul_precision("highest"):
+            return fetch(run(placed, rows)) if partition.mesh.size > 1 else jax.device_get(run(placed, rows))
 
     (total, one_gradients), (mesh_total, mesh_gradients) = gradients(single_device()), gradients(partition)
     yield compared("loss on the mesh", mesh_total.sum, total.sum, GRADIENT_TOLERANCE)
@@ -116,8 +158,10 @@ def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comp
         yield compared(f"gradient of {name}", mine, theirs, GRADIENT_TOLERANCE)
 
 
-def restore_rows(experiment: Experiment, partition: Partition) -> Iterator[Comparison]:
-    """A state saved and restored, bit for bit. On several hosts the temporary folder must be shared by all."""
+def restore_rows(
+    experiment: Experiment, partition: Partition, folder: str | os.PathLike[str] | None = None
+) -> Iterator[Comparison]:
+    """A state saved under `folder` and restored, bit for bit."""
     config = experiment.optimizer
     model = make_model(experiment.model, partition)
     optimizer = make_optimizer(config, experiment.run.steps, model.axes)
@@ -126,22 +170,19 @@ def restore_rows(experiment: Experiment, partition: Partition) -> Iterator[Compa
     state = start(placed, optimizer, window=config.skip_window, ema=bool(config.ema))
     state = jax.jit(lambda s: s, out_shardings=state_shardings(model, jax.eval_shape(lambda: state)))(state)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    with tempfile.TemporaryDirectory() as own:
-        folder = _same_everywhere(own)
-        checkpoints = Checkpoints(Path(folder) / "checkpoints")
+    if folder is not None:
+        folder = Path(folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="check-", dir=folder) as own:
+        shared = Path(_same_everywhere(own))
+        together(functools.partial(_check_seen, shared))
+        checkpoints = Checkpoints(shared / "checkpoints")
         checkpoints.save(1, state._asdict(), wait=True)
         restored = checkpoints.restore(1, abstract._asdict())
         checkpoints.close()
         pairs = zip(jax.tree.leaves(fetch(state._asdict())), jax.tree.leaves(fetch(restored)), strict=True)
         different = sum(not np.array_equal(saved, back) for saved, back in pairs)
     yield Comparison("save and restore, leaves that differ", float(different), 0.0, not different)
-
-
-def compared(name: str, mine: Any, reference: Any, tolerance: float) -> Comparison:
-    """The relative difference of two arrays in Euclidean norm."""
-    a, b = np.asarray(mine, np.float64), np.asarray(reference, np.float64)
-    error = float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30)
-    return Comparison(name, error, tolerance, error <= tolerance)
 
 
 def _random_batch(experiment: Experiment) -> TokenBatch:
@@ -169,3 +210,8 @@ def _same_everywhere(folder: str) -> str:
     encoded = np.frombuffer(folder.encode(), np.uint8)
     name[: len(encoded)] = encoded
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0").decode()
+
+
+def _check_seen(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent} is not the same folder on all hosts: give --workdir on a shared file system")
