@@ -16,7 +16,7 @@ from llmlab.train.optimizer import adamw
 def get_config(arg=""):
     tiny = arg == "tiny"
     return experiment(
-        model=gpt2(width=32 if tiny else 128, layers=1 if tiny else 4, heads=4, max_positions=256, bias=False),
+        model=gpt2(width=32 if tiny else 128, layers=1 if tiny else 4, heads=4, max_positions=64, bias=False),
         data=text(
             source="text",
             sequence_length=16 if tiny else 64,
@@ -32,6 +32,6 @@ def get_config(arg=""):
             sample_every=2 if tiny else 1000,
             checkpoint_every=2 if tiny else 500,
             sample_prompts=("\n",),
-            sample_tokens=8 if tiny else 200,
+            sample_tokens=8 if tiny else 60,
         ),
     )

@@ -1,0 +1,76 @@
+"""What the benchmarks share: competitors that take turns, each in its own process, and where the results go."""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Side:
+    """One competitor in its own process: `work(end, *arguments)`, which ends in `serve(end, …)`."""
+
+    def __init__(self, work: Callable, *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.end, other = context.Pipe()
+        self.process = context.Process(target=work, args=(other, *arguments), daemon=True)
+        self.process.start()
+        # With our copy of its end closed, a side that dies is an EOFError here and not an endless wait.
+        other.close()
+
+    def ask(self, question: Any) -> Any:
+        self.end.send(question)
+        return self.answer()
+
+    def answer(self) -> Any:
+        return self.end.recv()
+
+    def close(self) -> None:
+        self.end.close()
+        self.process.join()
+
+
+def serve(end: Connection, answer: Callable[[Any], Any]) -> None:
+    """Answers until the other end closes; "memory" is answered here, with this process's peak in bytes."""
+    while True:
+        try:
+            question = end.recv()
+        except EOFError:
+            return
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        end.send(memory if question == "memory" else answer(question))
+
+
+def in_turns(sides: dict[str, Side], question: Any, rounds: int) -> dict[str, list[Any]]:
+    """The answers of every side to `rounds` askings, A B A B …"""
+    answers: dict[str, list[Any]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            answers[name].append(side.ask(question))
+    return answers
+
+
+def times_faster(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """How many times as fast as theirs ours is: the median of the ratios of neighbouring turns, and by the bests."""
+    ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
+    return {"ours_times_faster": statistics.median(ratios), "ours_times_faster_by_bests": min(theirs) / min(ours)}
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {"cores": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """benchmarks/results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return path
