@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from experiments_for_tests import write_texts
 
 from llmlab.workdir.checkpoints import good_steps, restore_subtree, saved_arrays
 from llmlab.workdir.metrics import MetricsLog
+from tests.experiments_for_tests import write_texts
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = Path(__file__).parent / "experiments_for_tests.py"

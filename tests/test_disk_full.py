@@ -5,9 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import Place, assert_same_run, rows, steps_logged
 
 from llmlab.workdir.checkpoints import good_steps
+from tests.runs import Place, assert_same_run, rows, steps_logged
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

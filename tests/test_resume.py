@@ -8,12 +8,12 @@ from functools import partial
 
 import jax
 import pytest
-from experiments_for_tests import write_texts
-from runs import EXPERIMENT, Place, arrays, assert_same_run, end, rows, steps_logged, wait_until
 
 from llmlab.cli import run
 from llmlab.workdir.checkpoints import good_steps
 from llmlab.workdir.metrics import MetricsLog
+from tests.experiments_for_tests import write_texts
+from tests.runs import EXPERIMENT, Place, arrays, assert_same_run, end, rows, steps_logged, wait_until
 
 KILLS = 20
 STEPS = 600

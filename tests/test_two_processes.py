@@ -6,9 +6,9 @@ import socket
 import time
 
 import pytest
-from runs import Place, arrays, rows, steps_logged, wait_until
 
 from llmlab.workdir.checkpoints import good_steps
+from tests.runs import Place, arrays, rows, steps_logged, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
