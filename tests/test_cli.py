@@ -108,7 +108,6 @@ def test_print_config_says_what_would_run_and_what_it_costs(capsys, vocab_size, 
     assert found["tokens in all"].startswith(f"{10 * 8 * 32:,} ")
     assert "k" in found["FLOPs per token"] or "M" in found["FLOPs per token"]
     assert "GiB on each of 8 devices" in found["memory"]
-    assert not (Path.cwd() / "runs").exists()
 
 
 def test_print_config_needs_no_workdir_and_makes_no_cache(capsys, tmp_path):
