@@ -98,6 +98,7 @@ def compare(name: str, folder: str, rounds: int, threads: int, compiled: bool) -
     if compiled:
         sides["compiled"] = Side(theirs, setting, threads, True)
     first = {side: competitor.answer() for side, competitor in sides.items()}
+    in_turns(sides, STEPS_A_TURN, 2)
     turns = in_turns(sides, STEPS_A_TURN, rounds)
     roof = sides["eager"].ask("roof")
     memory = {side: competitor.ask("memory") for side, competitor in sides.items()}
@@ -132,22 +133,32 @@ def compare(name: str, folder: str, rounds: int, threads: int, compiled: bool) -
 def ours(end: Connection, setting: Setting, folder: str) -> None:
     import jax
 
+    from llmlab.train.state import state_shardings
+
     start = time.perf_counter()
-    fresh, step, source, _ = training(setting, folder)
-    state = jax.jit(fresh)(jax.random.key(0))
+    fresh, step, source, model = training(setting, folder)
+    key = jax.random.key(0)
+    state = jax.jit(fresh, out_shardings=state_shardings(model, jax.eval_shape(fresh, key)))(key)
     state, _ = jax.block_until_ready(step(state, source.next(0)))
     end.send(time.perf_counter() - start)
-    taken = 1
+    taken, batch = 1, source.next(1)
 
     def steps(count: int) -> tuple[list[float], float]:
-        """Seconds of each step, and the share of them that waited for the batch."""
-        nonlocal state, taken
+        """Seconds of each step, and the share of them that waited for the batch.
+
+        As in the loop: the next batch is fetched while the step computes, and has been waited for only if the step was
+        done before it came.
+        """
+        nonlocal state, taken, batch
         seconds, waited = [], 0.0
         for _ in range(count):
             begin = time.perf_counter()
-            batch = source.next(taken)
-            waited += time.perf_counter() - begin
-            state, _ = jax.block_until_ready(step(state, batch))
+            state, _ = step(state, batch)
+            fetching = time.perf_counter()
+            batch = source.next(taken + 1)
+            if state.step.is_ready():
+                waited += time.perf_counter() - fetching
+            jax.block_until_ready(state)
             seconds.append(time.perf_counter() - begin)
             taken += 1
         return seconds, waited / sum(seconds)
@@ -160,10 +171,16 @@ def compile_step(end: Connection, setting: Setting, folder: str) -> None:
     import jax
 
     from llmlab.model.cost import flops_per_token
+    from llmlab.train.state import state_shardings
 
     fresh, step, source, model = training(setting, folder)
     state, batch = jax.eval_shape(fresh, jax.random.key(0)), source.next(0)
     source.close()
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        state_shardings(model, state),
+    )
     start = time.perf_counter()
     step.lower(state, batch).compile()
     seconds = time.perf_counter() - start
@@ -176,6 +193,7 @@ def training(setting: Setting, folder: str) -> tuple[Any, Any, Any, Any]:
     """(key -> state, the jitted step, the source of batches, the model), as a run has them."""
     import jax
 
+    from llmlab.core.host_memory import keep_freed_memory
     from llmlab.core.mesh import single_device
     from llmlab.data import text
     from llmlab.data.pipeline import TextSource
@@ -188,6 +206,7 @@ def training(setting: Setting, folder: str) -> tuple[Any, Any, Any, Any]:
     from llmlab.train.state import init_state
     from llmlab.train.step import make_step
 
+    keep_freed_memory()
     jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     data = text(

@@ -377,6 +377,9 @@ def _experiment(flags: FlagValues, rest: list[str], init_from: str = "") -> "Exp
 
 def _start_jax(flags: Any = None) -> None:
     """Joins the other hosts, if any, and keeps what is compiled for the next start."""
+    from llmlab.core.host_memory import keep_freed_memory
+
+    keep_freed_memory()
     import jax
 
     from llmlab.core.compile_cache import look_over

@@ -49,15 +49,30 @@ class Layer(nn.Module):
 
     def linear(self, x: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int = 1) -> jax.Array:
         """x against the weight `name`, plus its bias where the config has biases."""
+        leaf = self._linear_weight(name, shape, axes, dims_in)
+        return self._biased(weights.product(x, leaf, shape, dims_in, flatten=self._flat), name, shape, axes, dims_in)
+
+    def linears(self, x: jax.Array, wanted: dict[str, tuple[tuple[int, ...], Axes]]) -> list[jax.Array]:
+        """`linear` for several weights, {name: (shape, axes)}, at once."""
+        leaves = [self._linear_weight(name, shape, axes, 1) for name, (shape, axes) in wanted.items()]
+        whole = self.partition is None or all(self.partition.size(str(axes[1])) == 1 for _, axes in wanted.values())
+        shapes = [shape for shape, _ in wanted.values()]
+        outs = weights.products(x, leaves, shapes, flatten=self._flat, join=whole and x.shape[1] > 1)
+        return [self._biased(out, name, *wanted[name], 1) for out, name in zip(outs, wanted, strict=True)]
+
+    def _linear_weight(self, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int) -> Any:
         into_residual = axes[-1] == "embed"
-        init = _linear_init(self.config, math.prod(shape[:dims_in]), into_residual)
-        leaf = self.weight(name, init, shape, axes)
-        flatten = self.partition is None or self.partition.size("time") == 1
-        out = weights.product(x, leaf, shape, dims_in, flatten=flatten)
-        if self.config.bias:
-            bias = self.weight(f"{name}_bias", nn.initializers.zeros, shape[dims_in:], axes[dims_in:])
-            out = out + jnp.broadcast_to(weights.dense(bias, x.dtype), out.shape)
-        return out
+        return self.weight(name, _linear_init(self.config, math.prod(shape[:dims_in]), into_residual), shape, axes)
+
+    def _biased(self, out: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int) -> jax.Array:
+        if not self.config.bias:
+            return out
+        bias = self.weight(f"{name}_bias", nn.initializers.zeros, shape[dims_in:], axes[dims_in:])
+        return out + jnp.broadcast_to(weights.dense(bias, out.dtype), out.shape)
+
+    @property
+    def _flat(self) -> bool:
+        return self.partition is None or self.partition.size("time") == 1
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """x, laid out over the mesh by its logical axes."""
@@ -106,9 +121,11 @@ class Attention(Layer):
         self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
         c = self.config
-        q_BTNH = self.linear(x_BTD, "query_DNH", (c.width, c.heads, c.H), ("embed", "heads", "head_dim"))
-        k_BTKH = self.linear(x_BTD, "key_DKH", (c.width, c.K, c.H), ("embed", "kv_heads", "head_dim"))
-        v_BTKH = self.linear(x_BTD, "value_DKH", (c.width, c.K, c.H), ("embed", "kv_heads", "head_dim"))
+        of_queries = ((c.width, c.heads, c.H), ("embed", "heads", "head_dim"))
+        of_keys = ((c.width, c.K, c.H), ("embed", "kv_heads", "head_dim"))
+        q_BTNH, k_BTKH, v_BTKH = self.linears(
+            x_BTD, {"query_DNH": of_queries, "key_DKH": of_keys, "value_DKH": of_keys}
+        )
         if c.qk_norm:
             q_BTNH = Norm(c, self.partition, self.stack, name="query_norm")(q_BTNH)
             k_BTKH = Norm(c, self.partition, self.stack, name="key_norm")(k_BTKH)
@@ -174,11 +191,12 @@ class MLP(Layer):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         act = ACTIVATIONS[c.activation]
-        up_BTF = self.linear(x_BTD, "up_DF", (c.width, c.F), ("embed", "mlp"))
+        into_hidden = ((c.width, c.F), ("embed", "mlp"))
         if c.gated:
-            hidden_BTF = act(self.linear(x_BTD, "gate_DF", (c.width, c.F), ("embed", "mlp"))) * up_BTF
+            gate_BTF, up_BTF = self.linears(x_BTD, {"gate_DF": into_hidden, "up_DF": into_hidden})
+            hidden_BTF = act(gate_BTF) * up_BTF
         else:
-            hidden_BTF = act(up_BTF)
+            hidden_BTF = act(self.linear(x_BTD, "up_DF", *into_hidden))
         hidden_BTF = self.constrain(hidden_BTF, "batch", "time", "act_mlp")
         return self.linear(hidden_BTF, "down_FD", (c.F, c.width), ("mlp", "embed"))
 
@@ -250,7 +268,20 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float, dtype: An
     """(sin_BT1I, cos_BT1I) of position · base^(-2i/H), I = H/2 (arXiv 2104.09864, eq. 15)."""
     frequency_I = base ** (-jnp.arange(0, head_dim, 2, dtype=accumulation_dtype(dtype)) / head_dim)
     angle_BTI = positions_BT[..., None].astype(frequency_I.dtype) * frequency_I[None, None]
-    return jnp.sin(angle_BTI)[:, :, None], jnp.cos(angle_BTI)[:, :, None]
+    angle_BT1I = angle_BTI[:, :, None]
+
+    def turned() -> Rotary:
+        return jnp.sin(angle_BT1I), jnp.cos(angle_BT1I)
+
+    def upright() -> Rotary:
+        return jnp.zeros_like(angle_BT1I), jnp.ones_like(angle_BT1I)
+
+    def branch() -> Rotary:
+        return jax.lax.cond(jnp.any(positions_BT != 0), turned, upright)
+
+    # XLA on CPU would compute them again for every use in every layer, 5% of a step. It removes optimization barriers
+    # before it fuses, but takes nothing out of a branch.
+    return jax.lax.platform_dependent(cpu=branch, default=turned)
 
 
 def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:

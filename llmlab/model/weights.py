@@ -8,6 +8,8 @@ import math
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 
@@ -51,3 +53,29 @@ def product(x: jax.Array, leaf: Any, shape: tuple[int, ...], dims_in: int, *, fl
     else:
         out = flat @ leaf.reshape(size_in, math.prod(shape[dims_in:])).astype(x.dtype)
     return out.reshape(*batch, *shape[dims_in:])
+
+
+def products(
+    x: jax.Array, leaves: list[Any], shapes: list[tuple[int, ...]], *, flatten: bool = True, join: bool = True
+) -> list[jax.Array]:
+    """x's last axis contracted with the first of each weight.
+
+    `join` puts plain arrays side by side for one wide product: 4% of a step of 17M parameters on 2 CPU cores. Pass
+    False where devices hold parts of their columns, and for one row, where copying the weights costs more.
+    """
+    if not join or any(isinstance(leaf, WeightLeaf) for leaf in leaves):
+        return [product(x, leaf, shape, 1, flatten=flatten) for leaf, shape in zip(leaves, shapes, strict=True)]
+    sizes = [math.prod(shape[1:]) for shape in shapes]
+    joined = jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+    out = product(x, joined, joined.shape, 1, flatten=flatten)
+    parts = jnp.split(out, np.cumsum(sizes)[:-1], axis=-1)
+    return [part.reshape(*part.shape[:-1], *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@jax.custom_vjp
+def transposed(w_VD: jax.Array) -> jax.Array:
+    """w_DV, whose gradient is computed as [D, V] and then turned: XLA on CPU is 1.7 times slower at tall products."""
+    return w_VD.T
+
+
+transposed.defvjp(lambda w_VD: (w_VD.T, None), lambda _, dw_DV: (jax.lax.optimization_barrier(dw_DV).T,))

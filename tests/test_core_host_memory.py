@@ -1,0 +1,41 @@
+"""Freed memory is kept: the second use of a large block, in a thread as XLA's are, touches no new page."""
+
+import subprocess
+import sys
+
+import pytest
+
+USE_TWICE = """
+import ctypes, resource, sys, threading
+from llmlab.core.host_memory import keep_freed_memory
+
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+size = 100 * 2**20
+
+def use():
+    block = c.malloc(ctypes.c_size_t(size))
+    c.memset(ctypes.c_void_p(block), 1, ctypes.c_size_t(size))
+    c.free(ctypes.c_void_p(block))
+
+def twice():
+    use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+thread = threading.Thread(target=twice)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_block_is_used_again_without_new_pages():
+    faults = {}
+    for mode in ("keep", "as it was"):
+        out = subprocess.run([sys.executable, "-c", USE_TWICE, mode], capture_output=True, text=True, check=True)
+        faults[mode] = int(out.stdout)
+    assert faults["as it was"] > 20 * (faults["keep"] + 1)
