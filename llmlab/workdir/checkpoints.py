@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # What Orbax logs is either progress or an exception that reaches our caller anyway, with its traceback.
 logging.getLogger("absl").addFilter(lambda record: f"orbax{os.sep}checkpoint" not in record.pathname)
+# Of parallel writes that fail together Orbax raises one. asyncio would log each of the others.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 _FINE, _FAILED, _DISK_FULL = 0, 1, 2
 
