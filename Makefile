@@ -10,7 +10,7 @@ PARITY_INSTALLED = $(VENV)/.parity-installed
 
 quickstart: $(INSTALLED)  ## train, evaluate and sample a small language model, offline
 	$(BIN)/llmlab train --config=experiments/quickstart.py --workdir=$(WORKDIR)
-	$(BIN)/llmlab sample --workdir=$(WORKDIR) --prompt='def ' --max_tokens=64
+	$(BIN)/llmlab sample --workdir=$(WORKDIR) --prompt=def --max_tokens=64
 
 test: $(INSTALLED) check  ## format, lint, types, and every test that takes seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile

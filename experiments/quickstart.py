@@ -9,12 +9,12 @@ from llmlab.data import text
 from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.model.config import llama
 from llmlab.objective import next_token
-from llmlab.train.config import experiment, run
+from llmlab.train.config import experiment, one_of, run
 from llmlab.train.optimizer import adamw
 
 
 def get_config(arg=""):
-    tiny = arg == "tiny"
+    tiny = one_of(arg, "", "tiny") == "tiny"
     return experiment(
         model=llama(width=32 if tiny else 160, layers=2 if tiny else 4, heads=4, max_positions=512),
         data=text(

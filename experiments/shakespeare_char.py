@@ -9,12 +9,12 @@ from llmlab.data import text
 from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.model.config import gpt2
 from llmlab.objective import next_token
-from llmlab.train.config import experiment, run
+from llmlab.train.config import experiment, one_of, run
 from llmlab.train.optimizer import adamw
 
 
 def get_config(arg=""):
-    tiny = arg == "tiny"
+    tiny = one_of(arg, "", "tiny") == "tiny"
     return experiment(
         model=gpt2(width=32 if tiny else 128, layers=1 if tiny else 4, heads=4, max_positions=64, bias=False),
         data=text(

@@ -26,6 +26,7 @@ from llmlab.core.errors import (
     nearest,
 )
 from llmlab.core.flags import define_config, define_workdir, none_left, overrides, parse, required
+from llmlab.core.long_work import leaving_on_sigterm, outliving_readers
 
 if TYPE_CHECKING:
     from llmlab.scaling import Result
@@ -128,6 +129,8 @@ def _define_train(flags: FlagValues, argv: list[str]) -> None:
     _define_hosts(flags)
 
 
+@outliving_readers()
+@leaving_on_sigterm()
 def _train(flags: FlagValues, rest: list[str]) -> None:
     experiment = _experiment(flags, rest, init_from=flags.init_from)
     _start_jax(flags)
@@ -233,6 +236,7 @@ def _define_sweep(flags: FlagValues, argv: list[str]) -> None:
     f.DEFINE_integer("parallel", 1, "Runs at once.", flag_values=flags)
 
 
+@outliving_readers()
 def _sweep(flags: FlagValues, rest: list[str]) -> None:
     from llmlab.core.config import to_json
     from llmlab.report.runs_page import write_runs_report
@@ -363,7 +367,7 @@ def _experiment(flags: FlagValues, rest: list[str], init_from: str = "") -> "Exp
     file = given.config_filename if given.present else ""
     if not file:
         raise UserError("--config=FILE.py is missing: name an experiment, such as --config=experiments/quickstart.py")
-    if not os.path.exists(path := file.partition(":")[0]):
+    if not os.path.isfile(path := file.partition(":")[0]):
         raise UserError(f"--config: there is no file {path}: see the ones in experiments/")
     from llmlab.train.config import resolve
 
@@ -410,7 +414,7 @@ VERBS: dict[str, Verb] = {
     "sample": Verb(
         "let a trained model go on from a prompt",
         "--workdir=DIR --prompt=TEXT",
-        "Example:  llmlab sample --workdir=runs/quickstart --prompt='def ' --temperature=0.8",
+        "Example:  llmlab sample --workdir=runs/quickstart --prompt='def' --temperature=0.8",
         _define_sample,
         _sample,
     ),

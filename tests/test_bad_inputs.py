@@ -54,6 +54,15 @@ CONFIGS = {
     "unknown verb": (["trian"], ["'trian'", "did you mean 'train'?"]),
     "unknown flag": (["train", TINY, "--wrokdir=w"], ["--wrokdir", "did you mean 'workdir'?"]),
     "no config": (["train", "--workdir=w"], ["--config", "experiments/quickstart.py"]),
+    "a folder for a config": (["train", "--config=.", "--workdir=w"], ["--config", "no file"]),
+    "a text for a config": (
+        ["train", f"--config={ROOT / 'README.md'}", "--workdir=w"],
+        ["README.md, line"],
+    ),
+    "an unknown variant": (
+        ["train", f"--config={QUICKSTART}:tinny", "--workdir=w"],
+        ["'tinny'", "did you mean 'tiny'?"],
+    ),
     "no workdir": (["train", TINY], ["--workdir is missing"]),
     "no flag": (["train", TINY, "--workdir=w", "stray"], ["'stray' is no flag"]),
     "unknown key": (["train", TINY, "--workdir=w", "--config.model.widht=9"], ["model.widht", "did you mean", "width"]),

@@ -1,5 +1,6 @@
 """Flags as the field writes them, `--config=FILE:ARG --config.section.key=value`, and their mistakes in one line."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def overrides(flags: FlagValues) -> list[str]:
 def required(flags: FlagValues, name: str) -> str:
     """The flag's value, or a UserError that asks for it."""
     if not getattr(flags, name):
-        raise UserError(f"--{name} is missing: see `llmlab VERB --help`")
+        raise UserError(f"--{name} is missing: --help says what it is for")
     return getattr(flags, name)
 
 
@@ -78,7 +79,7 @@ def _place_in_experiment(error: Exception, argv: list[str]) -> str:
     """The file, line and error, where the experiment file itself is what fails; empty where it is not."""
     for argument in argv:
         path = argument.removeprefix("-").removeprefix("-config=").partition(":")[0]
-        if not path.endswith(".py"):
+        if not os.path.isfile(path):
             continue
         if isinstance(error, SyntaxError) and error.filename == path:
             return f"{path}, line {error.lineno}: {error.msg}"
@@ -91,7 +92,8 @@ def _place_in_experiment(error: Exception, argv: list[str]) -> str:
 
 def _flag_error(text: str, argv: list[str]) -> str:
     """What went wrong with a --config override, in one line that names the key."""
-    text = " ".join(text.replace("\\'", "'").replace("\\n", " ").split()).strip("'\"")
+    text = " ".join(text.replace("\\'", "'").replace("\\n", " ").split())
+    text = text.strip("'\"") if text.count("'") != 2 else text
     if text.startswith("flag --"):
         return text.removeprefix("flag ")
     for argument in argv:

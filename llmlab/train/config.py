@@ -17,7 +17,8 @@ from llmlab.model.transformer import check_divides
 from llmlab.objective import OBJECTIVES, NextTokenConfig
 from llmlab.train.optimizer import OptimizerConfig
 
-SAMPLE_PROMPTS = ("def ", "The ")
+# No space at the end: SentencePiece joins it to the word that follows, and alone it is a token hardly ever seen.
+SAMPLE_PROMPTS = ("def", "The")
 BEST = ("eval/loss", "eval/bits_per_byte", "eval/perplexity")
 
 
@@ -27,12 +28,11 @@ class RunConfig:
 
     steps: in all. seed: of initialisation and of the order of data. log_every, eval_every, sample_every,
     checkpoint_every: in steps; 0 is never (a run that ends is always evaluated; one that ends or is stopped is always
-    saved). eval_batches: of the
-    held-out split at each evaluation; 0 is all of it, and the last evaluation always sees all of it. keep: the last
-    checkpoints; keep_every: also every one at a multiple of so many steps; best: also the one with the lowest such
-    metric (`eval/loss`), of those evaluated on the same text. init_from: a workdir whose weights to start from.
-    sample_prompts, sample_tokens: what the model is asked to continue while it trains. tensorboard: write its event
-    files too.
+    saved). eval_batches: of the held-out split at each evaluation; 0 is all of it, and the last evaluation always sees
+    all of it. keep: the last checkpoints; keep_every: also every one at a multiple of so many steps; best: also the one
+    with the lowest such metric (`eval/loss`), of those evaluated on the same text. init_from: a workdir whose weights
+    to start from. sample_prompts, sample_tokens: what the model is asked to continue while it trains. tensorboard:
+    write its event files too.
     """
 
     steps: int = 1000
@@ -69,6 +69,13 @@ class Experiment:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     run: RunConfig
+
+
+def one_of(arg: str, *choices: str) -> str:
+    """The ARG of --config=FILE.py:ARG, or a UserError that names the nearest that the experiment knows."""
+    if arg not in choices:
+        raise UserError(f"--config: no variant {arg!r} of this experiment: {nearest(arg, filter(None, choices))}")
+    return arg
 
 
 def run(**overrides: Any) -> RunConfig:

@@ -138,7 +138,8 @@ class Workdir:
             return
         if changed := forbidden_changes(self.read_config()["config"], config):
             raise UserError(
-                f"--workdir={self.path} belongs to a run of another config: choose another folder, or undo\n  "
+                f"--workdir={self.path} belongs to a run of another config. Choose another folder (with "
+                f"--init_from={self.path} to start from its weights), or undo, from what it has to what you ask:\n  "
                 + "\n  ".join(changed)
             )
 
