@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,15 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: f"orbax{os.sep}checkpoint" not in record.pathname)
 # Of parallel writes that fail together Orbax raises one. asyncio would log each of the others.
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
+
+
+def _unless_late(ignored: Any, before: Any = sys.unraisablehook) -> None:
+    """sys.unraisablehook, but for writes that end after one of them failed: tensorstore's threads report each."""
+    if str(ignored.exc_value) != "Event loop is closed":
+        before(ignored)
+
+
+sys.unraisablehook = _unless_late
 
 _FINE, _FAILED, _DISK_FULL = 0, 1, 2
 
