@@ -11,7 +11,7 @@ from llmlab.core.host_memory import keep_freed_memory
 
 c = ctypes.CDLL(None)
 c.malloc.restype = ctypes.c_void_p
-size = 100 * 2**20
+size = 40 * 2**20
 
 def use():
     block = c.malloc(ctypes.c_size_t(size))

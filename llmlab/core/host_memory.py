@@ -4,21 +4,25 @@ glibc gives large blocks back to the system at once. A step then pays a page fau
 a seventh of its time at 0.8M parameters on 2 cores (69 ms, where 59 ms do).
 """
 
-import contextlib
 import ctypes
 
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_LARGEST = 2**31 - 1
+# Larger ones are given back as before: kept, they leave holes a little too small for the next request, and a step of
+# 14M parameters held two to three times the memory.
+_LARGEST_KEPT = 64 * 2**20
 
 
-def keep_freed_memory() -> None:
-    """Keeps up to 2 GiB of freed blocks for the next request; blocks above it are given back as before.
+def keep_freed_memory() -> bool:
+    """Keeps freed blocks of up to 64 MiB for the next request; whether this C library can.
 
-    Call it before jax starts its threads: an arena of a thread's own cannot hold blocks above 64 MiB, so all share one.
-    Other C libraries are left as they are.
+    Call it before jax starts its threads: an arena of a thread's own cannot hold such blocks, so all share one. Other C
+    libraries, and a glibc that refuses the threshold (older than 2.35), are left as they are.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    try:
         mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _LARGEST), (_M_TRIM_THRESHOLD, _LARGEST)):
-            mallopt(option, value)
+    except (AttributeError, OSError, TypeError):
+        return False
+    if not mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_ARENA_MAX, 1))

@@ -64,7 +64,7 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
 
     def head_weight(params: Params) -> jax.Array:
         if config.tied_embedding:
-            return weights.transposed(weights.dense(params["embedding"]["tokens_VD"], config.dtype))
+            return weights.dense(params["embedding"]["tokens_VD"], config.dtype).T
         return weights.dense(params["head"]["unembedding_DV"], config.dtype)
 
     def logits(params: Params, tokens_BT: jax.Array) -> jax.Array:

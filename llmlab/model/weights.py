@@ -70,12 +70,3 @@ def products(
     out = product(x, joined, joined.shape, 1, flatten=flatten)
     parts = jnp.split(out, np.cumsum(sizes)[:-1], axis=-1)
     return [part.reshape(*part.shape[:-1], *shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
-
-
-@jax.custom_vjp
-def transposed(w_VD: jax.Array) -> jax.Array:
-    """w_DV, whose gradient is computed as [D, V] and then turned: XLA on CPU is 1.7 times slower at tall products."""
-    return w_VD.T
-
-
-transposed.defvjp(lambda w_VD: (w_VD.T, None), lambda _, dw_DV: (jax.lax.optimization_barrier(dw_DV).T,))
