@@ -1,6 +1,7 @@
 """Eight fake devices, strict ranks, and warnings as errors: set before jax starts."""
 
 import os
+import subprocess
 
 # Tests compile far more than they compute: most of LLVM's optimisation would cost more than it saves.
 FLAGS = "--xla_force_host_platform_device_count=8"
@@ -10,5 +11,28 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("LLMLAB_CACHE", os.path.join(os.path.dirname(__file__), ".cache"))
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of its own of this size, `"64m"`, that really fills up.
+
+    Only root may mount one. Everybody else still runs the tests in which a write is made to fail with ENOSPC.
+    """
+    folders = []
+
+    def mount(size: str):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a small disk; a write that fails for want of room is tested for everybody")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

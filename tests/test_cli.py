@@ -165,7 +165,7 @@ def test_the_loss_of_another_process_is_one_line(failing, capsys):
 
 def test_a_library_logs_only_warnings(failing, capsys):
     failing(errors.UserError("wrong"))
-    assert not logging.getLogger("some.library").isEnabledFor(logging.INFO)
+    assert not logging.getLogger("another.package").isEnabledFor(logging.INFO)
     assert logging.getLogger("llmlab.train").isEnabledFor(logging.INFO)
 
 

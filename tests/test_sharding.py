@@ -25,11 +25,16 @@ from tests.helpers import VOCAB, assert_close, host, packed_batch, random_params
 
 MESHES = {
     "8x1": MeshConfig(data=8, fsdp=1),
+    "fsdp": MeshConfig(),
     "4x2": MeshConfig(data=1, fsdp=4, tensor=2),
     "2x2x2": MeshConfig(data=2, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
 }
-FAST = [("2x2x2", False, "plain", "float32"), ("sequence", False, "chunked", "float32")]
+FAST = [
+    ("fsdp", False, "plain", "float32"),
+    ("2x2x2", False, "plain", "float32"),
+    ("sequence", False, "chunked", "float32"),
+]
 ALL = list(itertools.product(MESHES, (False, True), ("plain", "chunked"), ("float32", "float64")))
 
 

@@ -55,7 +55,9 @@ class Layer(nn.Module):
     def linears(self, x: jax.Array, wanted: dict[str, tuple[tuple[int, ...], Axes]]) -> list[jax.Array]:
         """`linear` for several weights, {name: (shape, axes)}, at once."""
         leaves = [self._linear_weight(name, shape, axes, 1) for name, (shape, axes) in wanted.items()]
-        whole = self.partition is None or all(self.partition.size(str(axes[1])) == 1 for _, axes in wanted.values())
+        whole = self.partition is None or all(
+            self.partition.size(axis) == 1 for _, axes in wanted.values() for axis in axes[1:] if axis
+        )
         shapes = [shape for shape, _ in wanted.values()]
         outs = weights.products(x, leaves, shapes, flatten=self._flat, join=whole and x.shape[1] > 1)
         return [self._biased(out, name, *wanted[name], 1) for out, name in zip(outs, wanted, strict=True)]
