@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import statistics
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,12 +16,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Side:
-    """One competitor in its own process: `work(end, *arguments)`, which ends in `serve(end, …)`."""
+    """One competitor in its own process: `work(end, *arguments, **options)`, which ends in `serve(end, …)`."""
 
-    def __init__(self, work: Callable, *arguments: Any):
+    def __init__(self, work: Callable, *arguments: Any, **options: Any):
         context = multiprocessing.get_context("spawn")
         self.end, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, *arguments), daemon=True)
+        self.process = context.Process(target=work, args=(other, *arguments), kwargs=options, daemon=True)
         self.process.start()
         # With our copy of its end closed, a side that dies is an EOFError here and not an endless wait.
         other.close()
@@ -44,8 +45,10 @@ def serve(end: Connection, answer: Callable[[Any], Any]) -> None:
             question = end.recv()
         except EOFError:
             return
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        end.send(memory if question == "memory" else answer(question))
+        if isinstance(question, str) and question == "memory":
+            end.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        else:
+            end.send(answer(question))
 
 
 def in_turns(sides: dict[str, Side], question: Any, rounds: int) -> dict[str, list[Any]]:
@@ -61,6 +64,22 @@ def times_faster(ours: list[float], theirs: list[float]) -> dict[str, float]:
     """How many times as fast as theirs ours is: the median of the ratios of neighbouring turns, and by the bests."""
     ratios = [their / our for our, their in zip(ours, theirs, strict=True)]
     return {"ours_times_faster": statistics.median(ratios), "ours_times_faster_by_bests": min(theirs) / min(ours)}
+
+
+def best_seconds(work: Callable[[], Any]) -> float:
+    """The shortest of ten runs."""
+    seconds = []
+    for _ in range(10):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
+def read_bandwidth(torch: Any) -> float:
+    """Bytes a second that a sum over 256 MiB reads, the best of ten."""
+    row = torch.ones(2**26)
+    return row.numel() * 4 / best_seconds(row.sum)
 
 
 def machine() -> dict[str, Any]:

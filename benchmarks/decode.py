@@ -1,27 +1,27 @@
 """Greedy decoding of a 30M-parameter Llama, against transformers' `generate` with the same weights.
 
-    python benchmarks/decode.py            # about two minutes on 2 cores; --quick for fewer rounds
+    python benchmarks/decode.py            # some minutes on 2 cores; --quick for fewer rounds
     python benchmarks/decode.py --compiled # torch.compile's side too, which takes minutes to compile
 
 Each side has a process of its own, and they take turns (A B A B …). Printed, and written to
 benchmarks/results/decode-PLATFORM.json: medians and bests, their ratios, the time of the first call (compilation), peak
 memory, and the bound that reading every weight once a step sets, from the bandwidth measured in the same run. With
 other work on the machine only the bests mean something, and not much: threads that wait for each other suffer most.
+The side "kept" is transformers with freed memory kept, as llmlab keeps it and a user of transformers does not.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
-import platform
-import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
+from common import Side, in_turns, machine, read_bandwidth, serve, times_faster, write_results
+
+from llmlab.core.host_memory import keep_freed_memory
 
 PROMPT, NEW, VOCAB = 32, 128, 12_288
 BATCHES = (1, 8)
@@ -39,86 +39,50 @@ def main() -> None:
         weights = os.path.join(folder, "weights.npz")
         sides = {"ours": Side(ours, weights)}
         facts = sides["ours"].answer()
-        sides["transformers"] = Side(theirs, weights, arguments.threads, False)
+        sides["transformers"] = Side(theirs, weights, arguments.threads)
+        sides["kept"] = Side(theirs, weights, arguments.threads, kept=True)
         if arguments.compiled:
-            sides["compiled"] = Side(theirs, weights, arguments.threads, True)
+            sides["compiled"] = Side(theirs, weights, arguments.threads, compiled=True)
         bandwidth = max(side.answer()["bandwidth"] for name, side in sides.items() if name != "ours")
         print(f"{facts['parameters'] / 1e6:.1f}M parameters on {facts['platform']}, {bandwidth / 1e9:.0f} GB/s read")
         results = [compare(sides, batch, rounds, bandwidth, facts["read_per_step"]) for batch in BATCHES]
         memory = {name: side.ask("memory") for name, side in sides.items()}
     print("peak memory: " + ", ".join(f"{name} {bytes_ / 2**20:.0f} MiB" for name, bytes_ in memory.items()))
-    path = Path(__file__).parent / "results" / f"decode-{facts['platform']}.json"
-    path.parent.mkdir(exist_ok=True)
-    machine = {"cores": os.cpu_count(), "machine": platform.machine(), "bandwidth": bandwidth}
     setting = {"prompt": PROMPT, "new_tokens": NEW, "vocab_size": VOCAB, "rounds": rounds}
-    report = {"machine": machine, "model": facts, "setting": setting, "peak_memory": memory, "results": results}
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path}")
+    of_machine = machine() | {"bandwidth": bandwidth}
+    report = {"machine": of_machine, "model": facts, "setting": setting, "peak_memory": memory, "results": results}
+    print(f"written to {write_results('decode-' + facts['platform'], report)}")
 
 
-def compare(sides: dict[str, "Side"], batch: int, rounds: int, bandwidth: float, read_per_step: int) -> dict:
+def compare(sides: dict[str, Side], batch: int, rounds: int, bandwidth: float, read_per_step: int) -> dict:
     """Times of all sides at this batch size, and whether they wrote the same tokens."""
     prompt_BT = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT))
     first = {name: side.ask(prompt_BT) for name, side in sides.items()}
-    runs: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            runs[name].append(side.ask(prompt_BT)[1])
+    answers = in_turns(sides, prompt_BT, rounds)
+    runs = {name: [seconds for _, seconds in of_side] for name, of_side in answers.items()}
     bound = bandwidth / read_per_step * batch
     print(f"\nbatch {batch}: reading the weights bounds it at {bound:.0f} tokens/s")
     result: dict = {"batch": batch, "bound_tokens_per_second": bound}
     for name, seconds in runs.items():
         speed, best = (batch * NEW / value for value in (statistics.median(seconds), min(seconds)))
-        ratio = statistics.median(theirs / ours for ours, theirs in zip(runs["ours"], seconds, strict=True))
-        best_ratio = min(seconds) / min(runs["ours"])
+        ratio = times_faster(runs["ours"], seconds)
         same = float(np.mean(first[name][0] == first["ours"][0]))
         result[name] = {
             "tokens_per_second": speed,
             "best_tokens_per_second": best,
             "first_call_seconds": first[name][1],
         }
-        result[name] |= {"ours_times_faster": ratio, "ours_times_faster_by_bests": best_ratio}
-        result[name] |= {"tokens_equal_to_ours": same, "seconds": seconds}
+        result[name] |= ratio | {"tokens_equal_to_ours": same, "seconds": seconds}
         print(
-            f"  {name:13} {speed:6.0f} tokens/s (best {best:.0f}); ours is {ratio:.2f} times as fast, by bests "
-            f"{best_ratio:.2f}; first call {first[name][1]:.1f} s; {same:.0%} of its tokens are ours"
+            f"  {name:13} {speed:6.0f} tokens/s (best {best:.0f}); ours is {ratio['ours_times_faster']:.2f} times as "
+            f"fast, by bests {ratio['ours_times_faster_by_bests']:.2f}; first call {first[name][1]:.1f} s; "
+            f"{same:.0%} of its tokens are ours"
         )
     return result
 
 
-class Side:
-    """One competitor in its own process: answers (tokens, seconds) to a prompt, and its peak memory in bytes."""
-
-    def __init__(self, work, *arguments):
-        context = multiprocessing.get_context("spawn")
-        self.end, other = context.Pipe()
-        self.process = context.Process(target=work, args=(other, *arguments), daemon=True)
-        self.process.start()
-
-    def ask(self, question):
-        self.end.send(question)
-        return self.answer()
-
-    def answer(self):
-        return self.end.recv()
-
-
-def serve(end: Connection, generate) -> None:
-    """Answers until the other end closes."""
-    while True:
-        try:
-            question = end.recv()
-        except EOFError:
-            return
-        if isinstance(question, str):
-            end.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            continue
-        start = time.perf_counter()
-        tokens_BT = generate(question)
-        end.send((tokens_BT, time.perf_counter() - start))
-
-
 def ours(end: Connection, weights: str) -> None:
+    keep_freed_memory()
     import jax
 
     from llmlab.infer.generate import generate
@@ -132,32 +96,20 @@ def ours(end: Connection, weights: str) -> None:
     read = 4 * (count - params["embedding"]["tokens_VD"].size)
     end.send({"parameters": count, "read_per_step": read, "platform": jax.default_backend()})
     params = jax.block_until_ready(jax.jit(model.unstack)(params))
-    serve(end, lambda prompt_BT: generate(model, params, prompt_BT, max_tokens=NEW))
+    serve(end, timed(lambda prompt_BT: generate(model, params, prompt_BT, max_tokens=NEW)))
 
 
-def theirs(end: Connection, weights: str, threads: int, compiled: bool) -> None:
+def theirs(end: Connection, weights: str, threads: int, *, compiled: bool = False, kept: bool = False) -> None:
+    if kept:
+        keep_freed_memory()
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from torch_twin import transformers_llama
 
     from llmlab.model.config import llama
 
     torch.set_num_threads(threads)
-    c = llama("30m", vocab_size=VOCAB)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=c.width,
-        intermediate_size=c.F,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.K,
-        rms_norm_eps=c.norm_epsilon,
-        max_position_embeddings=c.max_positions,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = transformers_llama(llama("30m", vocab_size=VOCAB)).eval()
+    model.generation_config.pad_token_id = 0
     model.load_state_dict({name: torch.from_numpy(value.copy()) for name, value in np.load(weights).items()})
     end.send({"bandwidth": read_bandwidth(torch)})
     options = {"max_new_tokens": NEW, "do_sample": False, "use_cache": True}
@@ -170,7 +122,17 @@ def theirs(end: Connection, weights: str, threads: int, compiled: bool) -> None:
             prompt = torch.from_numpy(prompt_BT)
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options).numpy()
 
-    serve(end, generate)
+    serve(end, timed(generate))
+
+
+def timed(generate: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], tuple[np.ndarray, float]]:
+    """(tokens, seconds) of a prompt."""
+
+    def answer(prompt_BT: np.ndarray) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        return generate(prompt_BT), time.perf_counter() - start
+
+    return answer
 
 
 def state_dict(params: dict) -> dict[str, np.ndarray]:
@@ -193,17 +155,6 @@ def state_dict(params: dict) -> dict[str, np.ndarray]:
         for theirs_, ours_ in mlp.items():
             out[f"{name}.mlp.{theirs_}.weight"] = layers["mlp"][ours_][layer].T
     return out
-
-
-def read_bandwidth(torch) -> float:
-    """Bytes a second that a sum over 256 MiB reads, the best of ten."""
-    x = torch.ones(2**26)
-    seconds = []
-    for _ in range(10):
-        start = time.perf_counter()
-        x.sum()
-        seconds.append(time.perf_counter() - start)
-    return x.numel() * 4 / min(seconds)
 
 
 if __name__ == "__main__":

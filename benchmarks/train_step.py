@@ -8,7 +8,8 @@ Each side has a process of its own, and they take turns (A B A B …). Printed, 
 benchmarks/results/train_step-PLATFORM.json: medians and bests, their ratios, tokens a second, peak memory, the step's
 compilation without and with the persistent cache, the share of a step that waits for data, and the machine's own roof:
 matrix products and memory bandwidth measured in the same run, and the step that they would allow. With other work on
-the machine only the bests mean something, and not much: threads that wait for each other suffer most.
+the machine only the bests mean something, and not much: threads that wait for each other suffer most. The side
+"kept" is PyTorch eager with freed memory kept, as `llmlab train` keeps it and a user of PyTorch does not: it gains too.
 
 Settings: char, nanoGPT's CPU setting, against a twin of it; gpt2 and llama, 6 layers of width 384, context 256, batch
 4, vocabulary 8,192, against transformers; deep, 24 scanned layers of width 512, which is only compiled.
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import Side, in_turns, machine, serve, times_faster, write_results
+from common import Side, best_seconds, in_turns, machine, read_bandwidth, serve, times_faster, write_results
+
+from llmlab.core.host_memory import keep_freed_memory
 
 STEPS_A_TURN = 10
 OPTIMIZER_BYTES = 28  # a parameter: its gradient, itself and two moments are read, the last three written
@@ -94,9 +97,10 @@ def compare(name: str, folder: str, rounds: int, threads: int, compiled: bool) -
     print(f"  compiled in {seconds['cold']:.1f} s, in {seconds['warm']:.1f} s from the cache")
     if not setting.theirs:
         return result | {"compile_gates": COMPILE_GATES}
-    sides = {"ours": Side(ours, setting, folder), "eager": Side(theirs, setting, threads, False)}
+    sides = {"ours": Side(ours, setting, folder), "eager": Side(theirs, setting, threads)}
+    sides["kept"] = Side(theirs, setting, threads, kept=True)
     if compiled:
-        sides["compiled"] = Side(theirs, setting, threads, True)
+        sides["compiled"] = Side(theirs, setting, threads, compiled=True)
     first = {side: competitor.answer() for side, competitor in sides.items()}
     in_turns(sides, STEPS_A_TURN, 2)
     turns = in_turns(sides, STEPS_A_TURN, rounds)
@@ -104,7 +108,7 @@ def compare(name: str, folder: str, rounds: int, threads: int, compiled: bool) -
     memory = {side: competitor.ask("memory") for side, competitor in sides.items()}
     for competitor in sides.values():
         competitor.close()
-    waiting = statistics.median(share for _, share in turns["ours"])
+    waiting = sum(waited for _, waited in turns["ours"]) / sum(sum(steps) for steps, _ in turns["ours"])
     at_roof = facts["flops"] / roof["flops"] + OPTIMIZER_BYTES * facts["parameters"] / roof["bandwidth"]
     result |= {"rounds": rounds, "roof": roof, "seconds_at_roof": at_roof, "waiting_for_data": waiting}
     result |= {"gate": setting.gate, "sides": {}}
@@ -144,7 +148,7 @@ def ours(end: Connection, setting: Setting, folder: str) -> None:
     taken, batch = 1, source.next(1)
 
     def steps(count: int) -> tuple[list[float], float]:
-        """Seconds of each step, and the share of them that waited for the batch.
+        """Seconds of each step, and how many of them all waited for the batch.
 
         As in the loop: the next batch is fetched while the step computes, and has been waited for only if the step was
         done before it came.
@@ -161,7 +165,7 @@ def ours(end: Connection, setting: Setting, folder: str) -> None:
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - begin)
             taken += 1
-        return seconds, waited / sum(seconds)
+        return seconds, waited
 
     serve(end, steps)
     source.close()
@@ -193,7 +197,6 @@ def training(setting: Setting, folder: str) -> tuple[Any, Any, Any, Any]:
     """(key -> state, the jitted step, the source of batches, the model), as a run has them."""
     import jax
 
-    from llmlab.core.host_memory import keep_freed_memory
     from llmlab.core.mesh import single_device
     from llmlab.data import text
     from llmlab.data.pipeline import TextSource
@@ -236,7 +239,9 @@ def training(setting: Setting, folder: str) -> tuple[Any, Any, Any, Any]:
     return fresh, jax.jit(step, donate_argnums=0), source, model
 
 
-def theirs(end: Connection, setting: Setting, threads: int, compiled: bool) -> None:
+def theirs(end: Connection, setting: Setting, threads: int, *, compiled: bool = False, kept: bool = False) -> None:
+    if kept:
+        keep_freed_memory()
     import torch
     from torch_twin import Transformers, Twin, adamw, make_step
 
@@ -264,18 +269,9 @@ def theirs(end: Connection, setting: Setting, threads: int, compiled: bool) -> N
 
 
 def roof(torch: Any) -> dict[str, float]:
-    """FLOP/s of a float32 product of 1024² matrices, and bytes a second that a sum over 256 MiB reads: bests of ten."""
-
-    def best(work: Any) -> float:
-        seconds = []
-        for _ in range(10):
-            begin = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - begin)
-        return min(seconds)
-
-    x, row = torch.ones(1024, 1024), torch.ones(2**26)
-    return {"flops": 2 * 1024**3 / best(lambda: x @ x), "bandwidth": row.numel() * 4 / best(row.sum)}
+    """FLOP/s of a float32 product of 1024² matrices, and bytes a second that are read: bests of ten."""
+    x = torch.ones(1024, 1024)
+    return {"flops": 2 * 1024**3 / best_seconds(lambda: x @ x), "bandwidth": read_bandwidth(torch)}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ def twice():
     use()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("this C library cannot")
 thread = threading.Thread(target=twice)
 thread.start()
 thread.join()
@@ -36,6 +36,9 @@ thread.join()
 def test_a_block_is_used_again_without_new_pages():
     faults = {}
     for mode in ("keep", "as it was"):
-        out = subprocess.run([sys.executable, "-c", USE_TWICE, mode], capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, "-c", USE_TWICE, mode], capture_output=True, text=True)
+        if "this C library cannot" in out.stderr:
+            pytest.skip("not glibc, or one older than 2.35")
+        assert out.returncode == 0, out.stderr
         faults[mode] = int(out.stdout)
     assert faults["as it was"] > 20 * (faults["keep"] + 1)
