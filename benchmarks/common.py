@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,20 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Side:
-    """One competitor in its own process: `work(end, *arguments, **options)`, which ends in `serve(end, …)`."""
+    """One competitor in its own process: `work(end, *arguments, **options)`, which ends in `serve(end, …)`.
 
-    def __init__(self, work: Callable, *arguments: Any, **options: Any):
+    `environment` is added to the process's, which starts with it.
+    """
+
+    def __init__(self, work: Callable, *arguments: Any, environment: Mapping[str, str] | None = None, **options: Any):
         context = multiprocessing.get_context("spawn")
         self.end, other = context.Pipe()
         self.process = context.Process(target=work, args=(other, *arguments), kwargs=options, daemon=True)
+        before = {name: os.environ.get(name) for name in environment or {}}
+        os.environ.update(environment or {})
         self.process.start()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         # With our copy of its end closed, a side that dies is an EOFError here and not an endless wait.
         other.close()
 

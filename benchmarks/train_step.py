@@ -9,7 +9,7 @@ benchmarks/results/train_step-PLATFORM.json: medians and bests, their ratios, to
 compilation without and with the persistent cache, the share of a step that waits for data, and the machine's own roof:
 matrix products and memory bandwidth measured in the same run, and the step that they would allow. With other work on
 the machine only the bests mean something, and not much: threads that wait for each other suffer most. The side
-"kept" is PyTorch eager with freed memory kept, as `llmlab train` keeps it and a user of PyTorch does not: it gains too.
+"kept" is PyTorch eager with freed memory kept and huge pages, which `llmlab train` has and a user of PyTorch has not.
 
 Settings: char, nanoGPT's CPU setting, against a twin of it; gpt2 and llama, 6 layers of width 384, context 256, batch
 4, vocabulary 8,192, against transformers; deep, 24 scanned layers of width 512, which is only compiled.
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from common import Side, best_seconds, in_turns, machine, read_bandwidth, serve, times_faster, write_results
 
-from llmlab.core.host_memory import keep_freed_memory
+from llmlab.core.host_memory import huge_page_environment, keep_freed_memory
 
 STEPS_A_TURN = 10
 OPTIMIZER_BYTES = 28  # a parameter: its gradient, itself and two moments are read, the last three written
@@ -97,8 +97,9 @@ def compare(name: str, folder: str, rounds: int, threads: int, compiled: bool) -
     print(f"  compiled in {seconds['cold']:.1f} s, in {seconds['warm']:.1f} s from the cache")
     if not setting.theirs:
         return result | {"compile_gates": COMPILE_GATES}
-    sides = {"ours": Side(ours, setting, folder), "eager": Side(theirs, setting, threads)}
-    sides["kept"] = Side(theirs, setting, threads, kept=True)
+    huge = huge_page_environment()
+    sides = {"ours": Side(ours, setting, folder, environment=huge), "eager": Side(theirs, setting, threads)}
+    sides["kept"] = Side(theirs, setting, threads, kept=True, environment=huge)
     if compiled:
         sides["compiled"] = Side(theirs, setting, threads, compiled=True)
     first = {side: competitor.answer() for side, competitor in sides.items()}

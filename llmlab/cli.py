@@ -47,6 +47,10 @@ class Verb(NamedTuple):
 
 def main() -> None:
     """The console script."""
+    if sys.argv[1:2] == ["train"] and not {"--help", "-h"} & set(sys.argv):
+        from llmlab.core.host_memory import restart_with_huge_pages
+
+        restart_with_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a locale may lack what a text contains

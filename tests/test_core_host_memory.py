@@ -1,9 +1,12 @@
-"""Freed memory is kept: the second use of a large block, in a thread as XLA's are, touches no new page."""
+"""Freed memory is kept, and what is larger comes in huge pages: fewer page faults, in a thread as XLA's are."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from llmlab.core.host_memory import huge_page_environment
 
 USE_TWICE = """
 import ctypes, resource, sys, threading
@@ -42,3 +45,23 @@ def test_a_block_is_used_again_without_new_pages():
         assert out.returncode == 0, out.stderr
         faults[mode] = int(out.stdout)
     assert faults["as it was"] > 20 * (faults["keep"] + 1)
+
+
+RESTART = """
+import os, sys
+from llmlab.core.host_memory import huge_page_environment, restart_with_huge_pages
+if len(sys.argv) == 2:
+    restart_with_huge_pages()
+print(os.getpid(), huge_page_environment(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not huge_page_environment(), reason="this kernel's huge pages cannot be asked for")
+def test_a_process_restarts_once_with_huge_pages(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(RESTART)
+    mine = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=0"}
+    with subprocess.Popen([sys.executable, str(script), "a b"], stdout=subprocess.PIPE, text=True, env=mine) as process:
+        said = process.communicate()[0]
+    tunables = "glibc.malloc.perturb=0:glibc.malloc.hugetlb=1"
+    assert said == f"{process.pid} {{}} {tunables} ['a b']\n"

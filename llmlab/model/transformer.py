@@ -64,7 +64,7 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
 
     def head_weight(params: Params) -> jax.Array:
         if config.tied_embedding:
-            return weights.dense(params["embedding"]["tokens_VD"], config.dtype).T
+            return _turned(weights.dense(params["embedding"]["tokens_VD"], config.dtype))
         return weights.dense(params["head"]["unembedding_DV"], config.dtype)
 
     def logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -89,6 +89,11 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         unstack=unstack,
         axes=_logical_axes(boxed_init),
     )
+
+
+def _turned(w_VD: jax.Array) -> jax.Array:
+    """w_DV. On CPU as an array of its own: the gradient of a tall [V, D] product takes 1.7 times that of [D, V]."""
+    return jax.lax.platform_dependent(w_VD, cpu=lambda w: jax.lax.optimization_barrier(w.T), default=lambda w: w.T)
 
 
 def unembed(hidden_BTD: jax.Array, w_DV: jax.Array, softcap: float | None) -> jax.Array:
