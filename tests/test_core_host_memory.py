@@ -65,3 +65,33 @@ def test_a_process_restarts_once_with_huge_pages(tmp_path):
         said = process.communicate()[0]
     tunables = "glibc.malloc.perturb=0:glibc.malloc.hugetlb=1"
     assert said == f"{process.pid} {{}} {tunables} ['a b']\n"
+
+
+GIVE_BACK = """
+import ctypes, re, sys
+from llmlab.core.host_memory import give_back, keep_freed_memory
+
+c, size = ctypes.CDLL(None), 100 * 2**20
+c.malloc.restype = ctypes.c_void_p
+
+def held():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+if not keep_freed_memory():
+    sys.exit("this C library cannot")
+block, behind = c.malloc(ctypes.c_size_t(size)), c.malloc(ctypes.c_size_t(10_000))
+c.memset(ctypes.c_void_p(block), 1, ctypes.c_size_t(size))
+c.free(ctypes.c_void_p(block))
+kept = held()
+give_back()
+print(kept - held())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_a_hole_is_given_back():
+    out = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True)
+    if "this C library cannot" in out.stderr:
+        pytest.skip("not glibc, or one older than 2.35")
+    assert out.returncode == 0, out.stderr
+    assert 90 < float(out.stdout) < 110

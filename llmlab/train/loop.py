@@ -9,6 +9,7 @@ import jax
 
 from llmlab.core.arrays import Metrics
 from llmlab.core.errors import StoppedAndSaved, Tripwire
+from llmlab.core.host_memory import give_back
 from llmlab.train.config import Experiment
 from llmlab.train.progress import Progress
 from llmlab.train.signals import StopRequest
@@ -187,6 +188,7 @@ def _log(step: int, metrics: Metrics, experiment: Experiment, meter: Meter, log:
     row = {**counts, **first, **values, **meter.read(step)}
     log.append(row)
     progress.show(row)
+    give_back()
 
 
 def _due(step: int, every: int) -> bool:
