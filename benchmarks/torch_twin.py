@@ -96,7 +96,7 @@ def transformers_llama(c: ModelConfig) -> nn.Module:
         num_attention_heads=c.heads,
         num_key_value_heads=c.K,
         rms_norm_eps=c.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_base},
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope.base},
         tie_word_embeddings=c.tied_embedding,
         bos_token_id=None,
         eos_token_id=None,

@@ -10,6 +10,7 @@ memory. Twenty tokens a parameter is Chinchilla's rule (arXiv 2203.15556). Not y
 from llmlab.data import text
 from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.model.config import llama
+from llmlab.model.rope import RopeConfig
 from llmlab.objective import next_token
 from llmlab.train.config import experiment, run
 from llmlab.train.optimizer import adamw
@@ -35,7 +36,8 @@ def get_config(arg="10m"):
             model=model, data=data, objective=next_token(), optimizer=adamw(), run=run(steps=4, sample_tokens=8)
         )
     # The name is checked before the table is read, so that a wrong one is answered with the nearest.
-    model = llama(arg or "10m", max_positions=4096, rope_base=500_000.0, dtype="bfloat16", scan=True, remat="dots")
+    rope = RopeConfig(base=500_000.0)
+    model = llama(arg or "10m", max_positions=4096, rope=rope, dtype="bfloat16", scan=True, remat="dots")
     batch_size, accumulate, learning_rate, steps = SETTINGS[arg or "10m"]
     return experiment(
         model=model,

@@ -320,6 +320,10 @@ def _define_eval(flags: FlagValues, argv: list[str]) -> None:
     f.DEFINE_float("temperature", 0.0, "Of generated answers.", flag_values=flags)
     f.DEFINE_integer("seed", 0, "Of generated answers.", flag_values=flags)
     f.DEFINE_string("extract", "line", "What of a generated text is the answer: line, number.", flag_values=flags)
+    f.DEFINE_bool("needle", False, "Hide sentences in the text, and ask for them.", flag_values=flags)
+    f.DEFINE_list("needle_lengths", [], "Tokens of its prompts; empty: up to what the model reads.", flag_values=flags)
+    f.DEFINE_integer("needle_depths", 5, "At how many depths.", flag_values=flags)
+    f.DEFINE_integer("needle_samples", 8, "How many at each depth and length.", flag_values=flags)
     f.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as in training, 16 for tasks.", flag_values=flags)
 
 
@@ -329,12 +333,19 @@ def _eval(flags: FlagValues, rest: list[str]) -> None:
 
     names = [field.name for field in dataclasses.fields(EvalConfig)]
     values: dict[str, Any] = {name: getattr(flags, name) for name in names}
-    config = EvalConfig(**(values | {"files": tuple(flags.files), "tasks": tuple(flags.tasks)}))
+    if wrong := [length for length in flags.needle_lengths if not length.isdigit()]:
+        raise UserError(f"--needle_lengths={wrong[0]!r} should be numbers of tokens, such as 512,1024")
+    lists = {"files": flags.files, "tasks": flags.tasks, "needle_lengths": map(int, flags.needle_lengths)}
+    config = EvalConfig(**(values | {name: tuple(items) for name, items in lists.items()}))
     _start_jax()
     import llmlab
 
     workdir = required(flags, "workdir")
     eval_command(llmlab.open(workdir), workdir, config)
+    if flags.needle:
+        from llmlab.report.run_page import write_report
+
+        print(f"report   {write_report(workdir)}")
 
 
 def _define_report(flags: FlagValues, argv: list[str]) -> None:
@@ -359,6 +370,20 @@ def _tokenize(flags: FlagValues, rest: list[str]) -> None:
     if bool(flags.model) == bool(flags.workdir):
         raise UserError("give one of --workdir=DIR and --model=FILE")
     tokenize_command(flags.model or flags.workdir, " ".join(rest) if rest else None, sys.stdout)
+
+
+def _define_convert(flags: FlagValues, argv: list[str]) -> None:
+    dtypes = ["float32", "bfloat16", "float64"]
+    f.DEFINE_enum("dtype", None, dtypes, "Of the weights; else as they come.", flag_values=flags)
+
+
+def _convert(flags: FlagValues, rest: list[str]) -> None:
+    if len(rest) != 2:
+        raise UserError(f"give two folders, SRC and DST, and not {len(rest)}: see `llmlab convert --help`")
+    _start_jax()
+    from llmlab.train.convert import convert
+
+    print(convert(rest[0], rest[1], flags.dtype))
 
 
 # --- what the verbs share --------------------------------------------------------------------------------------------
@@ -445,6 +470,15 @@ VERBS: dict[str, Verb] = {
         "Without TEXT it reads standard input.",
         _define_tokenize,
         _tokenize,
+    ),
+    "convert": Verb(
+        "a Hugging Face folder to a workdir, or a workdir to such a folder",
+        "SRC DST [--dtype=bfloat16]",
+        "Example:  llmlab convert ~/models/Qwen3-0.6B runs/qwen && llmlab sample --workdir=runs/qwen --prompt=Once\n"
+        "\n"
+        "Settings that are not supported are errors, never ignored. The licence of the source is shown and kept.",
+        _define_convert,
+        _convert,
     ),
     "sweep": Verb(
         "many runs from one experiment, as a table and a page of curves",

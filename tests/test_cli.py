@@ -30,9 +30,10 @@ FLAGS = {
         "repetition_penalty",
         "seed",
     ],
-    "eval": ["workdir", "tasks", "few_shot", "source", "files", "split", "limit"],
+    "eval": ["workdir", "tasks", "few_shot", "source", "files", "split", "limit", "needle", "needle_lengths"],
     "report": ["workdir"],
     "tokenize": ["workdir", "model"],
+    "convert": ["dtype"],
 }
 
 
@@ -77,7 +78,7 @@ def test_the_page_of_a_verb_shows_usage_and_every_flag(verb, capsys):
     assert cli.run(["llmlab", verb, "--help"]) == 0
     said = capsys.readouterr().out
     assert said.splitlines()[0] == f"llmlab {verb}: {cli.VERBS[verb].summary}"
-    assert f"usage: llmlab {verb} --" in said
+    assert f"usage: llmlab {verb} {cli.VERBS[verb].usage}" in said
     for flag in FLAGS[verb]:
         assert f"\n  --{flag} " in said
     assert "None" not in said

@@ -19,7 +19,7 @@ CONFIGS = {
     "gpt2": gpt2(**SHAPE),
     "llama_gqa": llama(**SHAPE, kv_heads=2),
     "window": llama(**SHAPE, kv_heads=1, window=5, pattern=("local", "global")),
-    "qk_norm_softcap": llama(**SHAPE, qk_norm=True, attention_softcap=5.0, logit_softcap=3.0, tied_embedding=True),
+    "qk_norm_softcap": llama(**SHAPE, qk_norm="head", attention_softcap=5.0, logit_softcap=3.0, tied_embedding=True),
 }
 NAMES = list(CONFIGS)
 

@@ -11,6 +11,7 @@ import pytest
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.model.config import ModelConfig
+from llmlab.model.rope import RopeConfig
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs, inputs
 from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_gpt2, tiny_llama
@@ -20,7 +21,7 @@ FAMILIES = {
     "llama": tiny_llama(),
     "everything": tiny_llama(
         layers=3,
-        qk_norm=True,
+        qk_norm="head",
         window=5,
         pattern=("local", "global"),
         attention_softcap=3.0,
@@ -43,7 +44,7 @@ def reference_logits(config: ModelConfig, params: dict, tokens_T: np.ndarray) ->
 
     def turn(x):
         half = H // 2
-        angle = np.arange(T)[:, None] * config.rope_base ** (-np.arange(half) * 2.0 / H)[None]
+        angle = np.arange(T)[:, None] * config.rope.base ** (-np.arange(half) * 2.0 / H)[None]
         first, second = x[:, :half], x[:, half:]
         sin, cos = np.sin(angle), np.cos(angle)
         return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
@@ -66,7 +67,7 @@ def reference_logits(config: ModelConfig, params: dict, tokens_T: np.ndarray) ->
             q = h @ a["query_DNH"][:, n] + a.get("query_DNH_bias", np.zeros((config.heads, H)))[n]
             k = h @ a["key_DKH"][:, n // G] + a.get("key_DKH_bias", np.zeros((config.K, H)))[n // G]
             v = h @ a["value_DKH"][:, n // G] + a.get("value_DKH_bias", np.zeros((config.K, H)))[n // G]
-            if config.qk_norm:
+            if config.qk_norm == "head":
                 q, k = norm(q, a["query_norm"], "rmsnorm"), norm(k, a["key_norm"], "rmsnorm")
             if config.positions == "rotary":
                 q, k = turn(q), turn(k)
@@ -109,10 +110,10 @@ def test_logits_equal_a_float64_reference(family):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(rope_base=1000.0),
+        dict(rope=RopeConfig(base=1000.0)),
         dict(norm_epsilon=1e-2),
         dict(activation="gelu"),
-        dict(qk_norm=False),
+        dict(qk_norm="none"),
         dict(window=6),
         dict(attention_softcap=2.0),
         dict(pattern=("global", "local")),

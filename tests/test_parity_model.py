@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from llmlab.model.config import ModelConfig
+from llmlab.model.rope import RopeConfig
 from llmlab.model.transformer import make_model
 from llmlab.objective import next_token
 from llmlab.train.optimizer import adamw, make_optimizer, make_schedule
@@ -30,7 +31,7 @@ from benchmarks import torch_twin  # noqa: E402
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 FAMILIES = {
     "gpt2": (tiny_gpt2(), torch_twin.transformers_gpt2),
-    "llama": (tiny_llama(rope_base=500.0, norm_epsilon=1e-3), torch_twin.transformers_llama),
+    "llama": (tiny_llama(rope=RopeConfig(base=500.0), norm_epsilon=1e-3), torch_twin.transformers_llama),
     "twin": (tiny_gpt2(bias=False), torch_twin.Twin),
 }
 

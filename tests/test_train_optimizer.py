@@ -39,7 +39,7 @@ def test_how_each_schedule_ends():
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_matrices_decay(name):
-    model = make_model(tiny_gpt2(qk_norm=True))
+    model = make_model(tiny_gpt2(qk_norm="head"))
     params = random_params(model)
     zeros = jax.tree.map(jnp.zeros_like, params)
     config = OptimizerConfig(name=name, learning_rate=0.5, warmup=0, schedule="constant", weight_decay=0.2)

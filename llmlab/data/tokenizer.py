@@ -5,6 +5,7 @@ from elsewhere is used as it is, with whatever normalisation it brings; `lossles
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -117,6 +118,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
       UserError: the file is missing, empty or something else.
     """
     from llmlab.data.tokenizer_character import character_tokenizer_from_json
+    from llmlab.data.tokenizer_imported import FORMAT, imported_from_json
 
     file = epath.Path(path)
     if file.is_dir():
@@ -124,6 +126,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     if not file.exists():
         raise UserError(f"there is no tokenizer {path}")
     content = file.read_bytes()
+    if content.startswith(b"{") and json.dumps(FORMAT).encode() in content[:100]:
+        try:
+            return imported_from_json(json.loads(content))
+        except (ValueError, KeyError):
+            raise UserError(f"{path} is cut short: convert the model again") from None
     if content.startswith(b"{"):
         return character_tokenizer_from_json(content, str(path))
     try:
@@ -155,7 +162,7 @@ class SentencePieceTokenizer:
             processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_control(i) and i not in ends
         }
         self._bytes = [_bytes_of(processor, i) for i in range(self.vocab_size)]
-        self.lossless = self.decode_bytes(processor.encode(_PROBE)) == _PROBE.encode()
+        self.lossless = self.decode_bytes(processor.encode(PROBE)) == PROBE.encode()
         # Pieces that hold a space anywhere but in front tie words together: such a model must see the whole text.
         self._words_are_independent = not any(re.search("[^ ] ", self._text(i)) for i in range(self.vocab_size))
 
@@ -217,9 +224,7 @@ def visible(text: str) -> str:
 
 
 _SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space, which it cannot tell from the character itself.
-_PROBE = (
-    "  a  1\t\r\n\n\0\ufeff A ﬁ①Å é ｶﾞ\u200b\u00a0\u3000漢 \U0001f468\u200d\U0001f469 "  # what normalisation changes
-)
+PROBE = "  a  1\t\r\n\n\0\ufeff A ﬁ①Å é ｶﾞ\u200b\u00a0\u3000漢 \U0001f468\u200d\U0001f469 "  # what normalisation changes
 _SLICE = 2**15  # characters; SentencePiece takes memory and, through its cache misses, time by the length of its input
 
 

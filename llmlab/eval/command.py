@@ -19,6 +19,7 @@ from llmlab.data.sources import Report, Split, documents
 from llmlab.eval.baselines import xz_bits_per_byte
 from llmlab.eval.held_out import make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
+from llmlab.eval.needle import NeedleConfig, needle, text_table
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
 from llmlab.eval.tasks import Task, contexts, read_task
 from llmlab.objective import OBJECTIVES
@@ -40,6 +41,8 @@ class EvalConfig:
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
     else from the task's other rows. limit: the first so many rows of each task; 0 is all.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
+    needle: whether to hide sentences in the text and ask for them, see `llmlab.eval.needle`. needle_lengths: tokens of
+    the prompts; empty: four lengths up to what the positions reach. needle_depths, needle_samples: so many.
     batch_size: rows at once; 0 is as many as in training, and 16 for tasks.
     """
 
@@ -56,6 +59,10 @@ class EvalConfig:
     temperature: float = 0.0
     seed: int = 0
     extract: Literal["line", "number"] = "line"
+    needle: bool = False
+    needle_lengths: tuple[int, ...] = ()
+    needle_depths: int = 5
+    needle_samples: int = 8
     batch_size: int = 0
 
     def __post_init__(self) -> None:
@@ -66,8 +73,8 @@ class EvalConfig:
             raise UserError(f"--split={self.split!r} is not a choice: {nearest(self.split, SPLITS)}")
         if self.extract not in ("line", "number"):
             raise UserError(f"--extract={self.extract!r} is not a choice: {nearest(self.extract, ('line', 'number'))}")
-        if not self.held_out and not self.tasks:
-            raise UserError("there is nothing to evaluate: give --tasks, or leave --held_out on")
+        if not (self.held_out or self.tasks or self.needle):
+            raise UserError("there is nothing to evaluate: give --tasks or --needle, or leave --held_out on")
 
 
 def eval_command(
@@ -102,6 +109,9 @@ def eval_command(
             result["tasks"].append(summary(task, outcomes, config.few_shot))
             _write_outcomes(folder / "eval" / f"{task.name}.jsonl", outcomes)
         print(table(result["tasks"]), file=out, flush=True)
+    if config.needle:
+        result["needle"] = find_needles(opened, config, quiet=quiet)
+        print(text_table(result["needle"]), file=out, flush=True)
     keep_results(folder, result)
     return result
 
@@ -155,6 +165,23 @@ def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict
         **scores,
         **xz_of(data, split, quiet),
     }
+
+
+def find_needles(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """The tables of `llmlab.eval.needle`, in the text that `config` names."""
+    longest = opened.model.config.max_positions
+    lengths = config.needle_lengths or tuple(sorted({length for i in range(4) if (length := longest >> i) >= 128}))
+    lengths = lengths or (longest,)
+    settings = NeedleConfig(lengths, config.needle_depths, config.needle_samples, config.seed)
+    haystack: list[int] = []
+    data, split = text_of(opened.config, config)
+    for document in documents(data, split, Report()):
+        haystack += opened.tokenizer.encode(document.text)
+        if len(haystack) > 8 * max(lengths):
+            break
+    rows = len(lengths) * settings.depths * settings.samples
+    with shown("hiding needles", rows, not quiet, in_bytes=False) as advance:
+        return needle(opened.model, opened.params, opened.tokenizer, haystack, settings, advance)
 
 
 def text_of(trained: dict[str, Any], config: EvalConfig) -> tuple[DataConfig, Split]:

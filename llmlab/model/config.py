@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from llmlab.core.errors import UserError, nearest
+from llmlab.model.rope import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +19,17 @@ class ModelConfig:
       vocab_size: V; 0 means the tokenizer's.
       max_positions: the longest sequence the positions reach.
     Layers:
-      positions: learned vectors added to the embedding (GPT-2) or rotary (RoPE, arXiv 2104.09864, with its base).
-      norm: layernorm or rmsnorm (arXiv 1910.07467). activation, gated: gelu is GPT-2's tanh form; gated silu is SwiGLU
-        (arXiv 2002.05202). bias: on the linear layers and in layernorm. tied_embedding: the head is the embedding.
-      qk_norm: RMSNorm on each query and key head before rotation.
-      attention_softcap, logit_softcap: c·tanh(x/c) on scores and logits (Gemma 2, arXiv 2408.00118).
+      positions: learned vectors added to the embedding (GPT-2) or rotary, as `rope` says.
+      scaled_embedding: the embedding times sqrt(width) (Gemma). tied_embedding: the head is the embedding.
+      norm: layernorm or rmsnorm (arXiv 1910.07467). norm_from_zero: its scale is 1 + the weight (Gemma).
+      norm_before, norm_after: where attention and MLP have a norm: before them (Llama), after them and before they are
+        added to the residual stream (OLMo 2, arXiv 2501.00656), or both (Gemma 2, arXiv 2408.00118).
+      activation, gated: gelu is GPT-2's tanh form; gated silu is SwiGLU (arXiv 2002.05202).
+      bias: on the linear layers and in layernorm. attention_bias: on queries, keys and values (Qwen 2), or on the
+        attention's output too, where `bias` is off.
+      qk_norm: RMSNorm on queries and keys before rotation: on each head (Qwen 3), or over all heads at once (OLMo 2).
+      attention_scale: multiplies the scores; 0 means head_dim^-0.5.
+      attention_softcap, logit_softcap: c·tanh(x/c) on scores and logits (Gemma 2).
       pattern: the kinds of consecutive layers, repeated to the depth: global, or local within `window` tokens.
     Initialisation:
       initializer: normal(init_std), or fan_in (normal of variance 1/fan-in); projections back into the residual stream
@@ -43,14 +50,20 @@ class ModelConfig:
     max_positions: int = 1024
 
     positions: Literal["learned", "rotary"] = "rotary"
-    rope_base: float = 10_000.0
+    rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
+    scaled_embedding: bool = False
+    tied_embedding: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = 1e-5
+    norm_from_zero: bool = False
+    norm_before: bool = True
+    norm_after: bool = False
     activation: Literal["gelu", "silu"] = "silu"
     gated: bool = True
     bias: bool = False
-    tied_embedding: bool = False
-    qk_norm: bool = False
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    qk_norm: Literal["none", "head", "all"] = "none"
+    attention_scale: float = 0.0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int | None = None
@@ -82,6 +95,12 @@ class ModelConfig:
                 f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}: "
                 f"try kv_heads={_nearest_divisor(self.heads, self.kv_heads)}"
             )
+        if not (self.norm_before or self.norm_after):
+            raise UserError(
+                "model.norm_before and model.norm_after are both off: a layer needs a norm, set one of them"
+            )
+        if self.norm_from_zero and self.norm == "layernorm":
+            raise UserError("model.norm_from_zero is for model.norm=rmsnorm")
         if self.positions == "rotary" and self.H % 2:
             raise UserError(f"model.head_dim={self.H} should be even: rotary positions turn pairs of numbers")
         if not self.pattern:
@@ -105,7 +124,7 @@ class ModelConfig:
             return self.mlp_width
         return -(-8 * self.width // 3 // 32) * 32 if self.gated else 4 * self.width
 
-    def kind(self, layer: int) -> str:
+    def kind(self, layer: int) -> Literal["global", "local"]:
         """The kind of this layer: `pattern`, repeated to the depth."""
         return self.pattern[layer % len(self.pattern)]
 

@@ -4,6 +4,7 @@ Whatever is computed is a pure function of those weights and the arguments; the 
 weights spell their shape, as everywhere: `query_DNH`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,10 @@ from llmlab.kernels.attention import attention
 from llmlab.model import cache as caches
 from llmlab.model import weights
 from llmlab.model.config import ModelConfig
+from llmlab.model.rope import Rotary, rotate
 from llmlab.model.types import Inputs
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
-Rotary = tuple[jax.Array, jax.Array]
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": nn.gelu, "silu": nn.silu}
 
@@ -47,12 +48,17 @@ class Layer(nn.Module):
             return self.param(name, boxed, (self.stack, *shape), dtype)[0]
         return self.get_variable("params", name)
 
-    def linear(self, x: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int = 1) -> jax.Array:
-        """x against the weight `name`, plus its bias where the config has biases."""
+    def linear(
+        self, x: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int = 1, bias: bool = False
+    ) -> jax.Array:
+        """x against the weight `name`, plus its bias: with `bias`, or where the config has biases everywhere."""
         leaf = self._linear_weight(name, shape, axes, dims_in)
-        return self._biased(weights.product(x, leaf, shape, dims_in, flatten=self._flat), name, shape, axes, dims_in)
+        out = weights.product(x, leaf, shape, dims_in, flatten=self._flat)
+        return self._biased(out, name, shape, axes, dims_in, bias)
 
-    def linears(self, x: jax.Array, wanted: dict[str, tuple[tuple[int, ...], Axes]]) -> list[jax.Array]:
+    def linears(
+        self, x: jax.Array, wanted: dict[str, tuple[tuple[int, ...], Axes]], bias: bool = False
+    ) -> list[jax.Array]:
         """`linear` for several weights, {name: (shape, axes)}, at once."""
         leaves = [self._linear_weight(name, shape, axes, 1) for name, (shape, axes) in wanted.items()]
         whole = self.partition is None or all(
@@ -60,17 +66,19 @@ class Layer(nn.Module):
         )
         shapes = [shape for shape, _ in wanted.values()]
         outs = weights.products(x, leaves, shapes, flatten=self._flat, join=whole and x.shape[1] > 1)
-        return [self._biased(out, name, *wanted[name], 1) for out, name in zip(outs, wanted, strict=True)]
+        return [self._biased(out, name, *wanted[name], 1, bias) for out, name in zip(outs, wanted, strict=True)]
 
     def _linear_weight(self, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int) -> Any:
         into_residual = axes[-1] == "embed"
         return self.weight(name, _linear_init(self.config, math.prod(shape[:dims_in]), into_residual), shape, axes)
 
-    def _biased(self, out: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int) -> jax.Array:
-        if not self.config.bias:
+    def _biased(
+        self, out: jax.Array, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int, bias: bool
+    ) -> jax.Array:
+        if not (self.config.bias or bias):
             return out
-        bias = self.weight(f"{name}_bias", nn.initializers.zeros, shape[dims_in:], axes[dims_in:])
-        return out + jnp.broadcast_to(weights.dense(bias, out.dtype), out.shape)
+        vector = self.weight(f"{name}_bias", nn.initializers.zeros, shape[dims_in:], axes[dims_in:])
+        return out + jnp.broadcast_to(weights.dense(vector, out.dtype), out.shape)
 
     @property
     def _flat(self) -> bool:
@@ -90,7 +98,10 @@ class Norm(Layer):
     def __call__(self, x: jax.Array) -> jax.Array:
         width = x.shape[-1]
         x_ = x.astype(accumulation_dtype(x.dtype))
-        scale = weights.dense(self.weight("scale", nn.initializers.ones, (width,), ("norm",)), x_.dtype)
+        init = nn.initializers.zeros if self.config.norm_from_zero else nn.initializers.ones
+        scale = weights.dense(self.weight("scale", init, (width,), ("norm",)), x_.dtype)
+        if self.config.norm_from_zero:
+            scale = 1 + scale
         if self.kind == "layernorm":
             x_ = x_ - jnp.mean(x_, axis=-1, keepdims=True)
         x_ = x_ * jax.lax.rsqrt(jnp.mean(jnp.square(x_), axis=-1, keepdims=True) + self.config.norm_epsilon)
@@ -126,11 +137,12 @@ class Attention(Layer):
         of_queries = ((c.width, c.heads, c.H), ("embed", "heads", "head_dim"))
         of_keys = ((c.width, c.K, c.H), ("embed", "kv_heads", "head_dim"))
         q_BTNH, k_BTKH, v_BTKH = self.linears(
-            x_BTD, {"query_DNH": of_queries, "key_DKH": of_keys, "value_DKH": of_keys}
+            x_BTD,
+            {"query_DNH": of_queries, "key_DKH": of_keys, "value_DKH": of_keys},
+            bias=c.attention_bias != "none",
         )
-        if c.qk_norm:
-            q_BTNH = Norm(c, self.partition, self.stack, name="query_norm")(q_BTNH)
-            k_BTKH = Norm(c, self.partition, self.stack, name="key_norm")(k_BTKH)
+        if c.qk_norm != "none":
+            q_BTNH, k_BTKH = self._normed(q_BTNH, "query_norm"), self._normed(k_BTKH, "key_norm")
         if rotary is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
         q_BTNH = self.constrain(q_BTNH, "batch", "time", "act_heads", None)
@@ -155,11 +167,19 @@ class Attention(Layer):
             k_segment_ids_BS=k_segment_ids_BS,
             window=self.window,
             softcap=c.attention_softcap,
+            scale=c.attention_scale or None,
             implementation=c.attention,
             rows_in_order=same_rows,
         )
         shape, axes = (c.heads, c.H, c.width), ("heads", "head_dim", "embed")
-        return self.linear(out_BTNH, "out_NHD", shape, axes, dims_in=2), cache
+        return self.linear(out_BTNH, "out_NHD", shape, axes, dims_in=2, bias=c.attention_bias == "qkvo"), cache
+
+    def _normed(self, x_BTNH: jax.Array, name: str) -> jax.Array:
+        """Each head normalised, or all heads at once."""
+        norm = Norm(self.config, self.partition, self.stack, name=name)
+        if self.config.qk_norm == "head":
+            return norm(x_BTNH)
+        return norm(x_BTNH.reshape(*x_BTNH.shape[:2], math.prod(x_BTNH.shape[2:]))).reshape(x_BTNH.shape)
 
     def _through_cache(
         self, k_BTKH: jax.Array, v_BTKH: jax.Array, inputs: Inputs, lengths_B: jax.Array, cache: dict
@@ -204,25 +224,33 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """One layer of the stack: attention, then the MLP, each after a norm and added to the residual stream."""
+    """One layer of the stack: attention, then the MLP, each with its norms and added to the residual stream."""
 
     kind: str = "global"
 
     def setup(self) -> None:
         c = self.config
-        self.attention_norm = Norm(c, self.partition, self.stack, kind=c.norm)
+        norm = functools.partial(Norm, c, self.partition, self.stack, kind=c.norm)
+        if c.norm_before:
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.norm_after:
+            self.attention_norm_after, self.mlp_norm_after = norm(), norm()
         self.attention = Attention(c, self.partition, self.stack, kind=self.kind)
-        self.mlp_norm = Norm(c, self.partition, self.stack, kind=c.norm)
         self.mlp = MLP(c, self.partition, self.stack)
 
     def __call__(
         self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
+        c = self.config
         with jax.named_scope("attention"):
-            attended_BTD, cache = self.attention(self.attention_norm(x_BTD), inputs, rotary, lengths_B, cache)
-            x_BTD = self.constrain(x_BTD + attended_BTD, "batch", "time", "act_embed")
+            read_BTD = self.attention_norm(x_BTD) if c.norm_before else x_BTD
+            added_BTD, cache = self.attention(read_BTD, inputs, rotary, lengths_B, cache)
+            added_BTD = self.attention_norm_after(added_BTD) if c.norm_after else added_BTD
+            x_BTD = self.constrain(x_BTD + added_BTD, "batch", "time", "act_embed")
         with jax.named_scope("mlp"):
-            x_BTD = self.constrain(x_BTD + self.mlp(self.mlp_norm(x_BTD)), "batch", "time", "act_embed")
+            added_BTD = self.mlp(self.mlp_norm(x_BTD) if c.norm_before else x_BTD)
+            added_BTD = self.mlp_norm_after(added_BTD) if c.norm_after else added_BTD
+            x_BTD = self.constrain(x_BTD + added_BTD, "batch", "time", "act_embed")
         return x_BTD, cache
 
     def cache_specs(self, capacity: int) -> dict[str, caches.CacheSpec]:
@@ -241,6 +269,9 @@ class Embedding(Layer):
         x_BTD = inputs.embeddings_BTD
         if x_BTD is None:
             x_BTD = self._rows(table_VD, inputs.tokens_BT, "vocab")
+        if c.scaled_embedding:
+            # The factor itself is rounded to the compute dtype, as in Gemma's release.
+            x_BTD = x_BTD * jnp.asarray(c.width**0.5, x_BTD.dtype)
         if c.positions == "learned":
             positions_PD = self.weight("positions_PD", init, (c.max_positions, c.width), ("positions", "embed"))
             x_BTD = x_BTD + self._rows(positions_PD, inputs.positions_BT, "positions")
@@ -264,34 +295,6 @@ class Head(Layer):
             init = _linear_init(c, c.width, into_residual=False)
             self.weight("unembedding_DV", init, (c.width, c.vocab_size), ("embed", "vocab"))
         return Norm(c, self.partition, kind=c.norm, name="norm")(x_BTD)
-
-
-def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float, dtype: Any) -> Rotary:
-    """(sin_BT1I, cos_BT1I) of position · base^(-2i/H), I = H/2 (arXiv 2104.09864, eq. 15)."""
-    frequency_I = base ** (-jnp.arange(0, head_dim, 2, dtype=accumulation_dtype(dtype)) / head_dim)
-    angle_BTI = positions_BT[..., None].astype(frequency_I.dtype) * frequency_I[None, None]
-    angle_BT1I = angle_BTI[:, :, None]
-
-    def turned() -> Rotary:
-        return jnp.sin(angle_BT1I), jnp.cos(angle_BT1I)
-
-    def upright() -> Rotary:
-        return jnp.zeros_like(angle_BT1I), jnp.ones_like(angle_BT1I)
-
-    def branch() -> Rotary:
-        return jax.lax.cond(jnp.any(positions_BT != 0), turned, upright)
-
-    # XLA on CPU would compute them again for every use in every layer, 5% of a step. It removes optimization barriers
-    # before it fuses, but takes nothing out of a branch.
-    return jax.lax.platform_dependent(cpu=branch, default=turned)
-
-
-def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Each head's halves turned against each other by the angles: pair i is (i, i + H/2), as in Llama's releases."""
-    sin_BT1I, cos_BT1I = rotary
-    first, second = jnp.split(x_BTNH.astype(sin_BT1I.dtype), 2, axis=-1)
-    turned = [first * cos_BT1I - second * sin_BT1I, second * cos_BT1I + first * sin_BT1I]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
 
 
 def _linear_init(config: ModelConfig, fan_in: int, into_residual: bool) -> Initializer:

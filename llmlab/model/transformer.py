@@ -17,7 +17,8 @@ from llmlab.core.mesh import Partition
 from llmlab.model import cache as caches
 from llmlab.model import weights
 from llmlab.model.config import ModelConfig
-from llmlab.model.layers import Block, Embedding, Head, rotary_angles
+from llmlab.model.layers import Block, Embedding, Head
+from llmlab.model.rope import Rotary, rotary_angles
 from llmlab.model.types import Cache, Inputs, Model, Out, Params, inputs
 
 REMAT_POLICIES = {
@@ -49,7 +50,9 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         return {
             "embedding": embedding.init(embedding_key, one)["params"],
             "layers": {
-                slot: block.init(jax.random.fold_in(layers_key, int(slot)), x_BTD, one, rotary, None, None)["params"]
+                slot: block.init(jax.random.fold_in(layers_key, int(slot)), x_BTD, one, rotary[block.kind], None, None)[
+                    "params"
+                ]
                 for slot, block in stacked.items()
             },
             "head": head.init(head_key, x_BTD)["params"],
@@ -127,21 +130,23 @@ def _run_stack(
     layers: Any,
     x_BTD: jax.Array,
     inputs: Inputs,
-    rotary: Any,
+    rotary: dict[str, Rotary | None],
     cache: Cache | None,
 ) -> tuple[jax.Array, Cache | None]:
     """All blocks in order: scanned over periods of the pattern where asked, else unrolled."""
     if cache is not None:
         split, kept = _split(layers, config.layers), []
         for block, params, layer_cache in zip(blocks, split, cache["layers"], strict=True):
-            x_BTD, written = block.apply({"params": params}, x_BTD, inputs, rotary, cache["lengths_B"], layer_cache)
+            x_BTD, written = block.apply(
+                {"params": params}, x_BTD, inputs, rotary[block.kind], cache["lengths_B"], layer_cache
+            )
             kept.append(written)
         lengths_B = cache["lengths_B"] + jnp.sum(inputs.segment_ids_BT > 0, axis=1, dtype=jnp.int32)
         return x_BTD, {"lengths_B": lengths_B, "layers": tuple(kept)}
 
     def run(block: Block, params: Any, x_BTD: jax.Array) -> jax.Array:
         def call(params: Any, x_BTD: jax.Array) -> jax.Array:
-            return block.apply({"params": params}, x_BTD, inputs, rotary, None, None)[0]
+            return block.apply({"params": params}, x_BTD, inputs, rotary[block.kind], None, None)[0]
 
         if config.remat != "none":
             call = jax.checkpoint(call, policy=REMAT_POLICIES[config.remat])
@@ -180,10 +185,14 @@ def _split_stack(tree: Any) -> list[Any]:
     return [unflatten([p[i].reshape(p[i].shape[1:]) for p in parts]) for i in range(depth)]
 
 
-def _rotary(config: ModelConfig, inputs: Inputs) -> Any:
+def _rotary(config: ModelConfig, inputs: Inputs) -> dict[str, Rotary | None]:
+    """What each kind of layer turns by."""
+    kinds = sorted(set(config.pattern))
     if config.positions != "rotary":
-        return None
-    return rotary_angles(inputs.positions_BT, config.H, config.rope_base, config.dtype)
+        return dict.fromkeys(kinds)
+    ropes = {kind: config.rope.local if kind == "local" else config.rope for kind in kinds}
+    angles = {rope: rotary_angles(inputs.positions_BT, rope, config.H, config.dtype) for rope in set(ropes.values())}
+    return {kind: angles[rope] for kind, rope in ropes.items()}
 
 
 def _logical_axes(boxed_init: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmlab.core.paths import write_atomic
 from llmlab.report.curves import Curve, chart
+from llmlab.report.heat import heat_map
 from llmlab.report.page import fold, page, pairs, section, tiles, verbatim
 from llmlab.report.read import Run, flat, number, read_run, series, training_seconds, without_paths
 from llmlab.train.progress import clock, thousands
@@ -37,7 +38,8 @@ def run_page(run: Run) -> bytes:
             section("numbers", "In numbers", tiles(_headline(run))),
             section("curves", "Curves", _curves(run)),
             section("samples", "What it writes", _samples(run)),
-            section("evaluation", "Evaluation", pairs(_shown(flat(without_paths(run.evaluation))))),
+            section("needle", "A needle in a haystack", _needle(run.evaluation.get("needle"))),
+            section("evaluation", "Evaluation", pairs(_shown(flat(without_paths(_without(run.evaluation, "needle")))))),
             section("time", "How the time was spent", pairs(_time(run))),
             section("config", "Config", fold("resolved config", verbatim(config))),
             section("machine", "Code and machine", pairs(_shown(flat(_without(described, "config", "parameters"))))),
@@ -102,6 +104,14 @@ def _curves(run: Run) -> str:
         )
     inside = "\n".join(filter(None, charts))
     return f'<div class="charts">{inside}</div>' if inside else ""
+
+
+def _needle(found: Any) -> str:
+    if not found:
+        return ""
+    columns = [f"{length:,}" for length in found["lengths"]]
+    rows = [f"{depth:.0%}" for depth in found["depths"]]
+    return heat_map("Found, by depth in the text and its length in tokens", rows, columns, found["found"])
 
 
 def _samples(run: Run) -> str:

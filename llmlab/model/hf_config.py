@@ -1,0 +1,288 @@
+"""Between a Hugging Face config.json and our settings: a family lists the parts that its config is made of.
+
+Each part reads some keys and gives some settings, and writes the same keys from the same settings. Whatever key no part
+has read is an error, unless it is known to change no logit.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from llmlab.core.errors import UserError, nearest
+from llmlab.model.config import ModelConfig
+from llmlab.model.rope import RopeConfig
+
+REQUIRED = object()
+
+# What says how a model is trained, generated from, labelled or run, and changes no logit.
+IGNORED = {
+    *("architectures", "model_type", "transformers_version", "_name_or_path", "auto_map", "dtype", "torch_dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "use_cache"),
+    *("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "embedding_dropout"),
+    *("pretraining_tp", "cache_implementation", "_attn_implementation", "attn_implementation", "torchscript"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "prefix"),
+    *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "tokenizer_class"),
+    *("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
+    *("summary_proj_to_labels", "reorder_and_upcast_attn", "use_bfloat16", "is_decoder", "tie_encoder_decoder"),
+}
+
+
+class Keys:
+    """The keys of a config.json, and which of them have been read."""
+
+    def __init__(self, keys: Mapping[str, Any]):
+        self._keys, self._read = keys, set[str]()
+
+    def take(self, name: str, default: Any = REQUIRED) -> Any:
+        """The value of this key, or the default where the key is not there."""
+        self._read.add(name)
+        if name not in self._keys and default is REQUIRED:
+            raise UserError(f"config.json has no {name}: is the file whole?")
+        return self._keys.get(name, default)
+
+    def unread(self) -> list[str]:
+        """The keys that nothing has read and that may change the numbers."""
+        return sorted(set(self._keys) - self._read - IGNORED)
+
+
+class Part(Protocol):
+    """Some keys of a config.json, and the settings that they are."""
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        """Fields of ModelConfig."""
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Keys of config.json."""
+
+
+class Same(NamedTuple):
+    """A key that is a setting. null reads as the setting's own default; `resolved` is the property that is written."""
+
+    theirs: str
+    ours: str
+    default: Any = REQUIRED
+    resolved: str = ""
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        value = keys.take(self.theirs, self.default)
+        usual = getattr(ModelConfig, self.ours)
+        if value is None:
+            return {self.ours: None if "None" in str(ModelConfig.__annotations__[self.ours]) else usual}
+        if isinstance(value, str) or isinstance(value, bool) != isinstance(usual, bool):
+            raise UserError(f"config.json: {self.theirs}={json.dumps(value)} is no value of its kind")
+        return {self.ours: float(value) if isinstance(usual, float) else value}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.theirs: getattr(config, self.resolved or self.ours)}
+
+
+class Choice(NamedTuple):
+    """A key with a word for each of our words; the first word of theirs for one of ours is the one written."""
+
+    theirs: str
+    ours: str
+    words: dict[Any, Any]
+    default: Any = REQUIRED
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        value = keys.take(self.theirs, self.default)
+        if value not in self.words:
+            known = nearest(str(value), (json.dumps(word).strip('"') for word in self.words))
+            raise UserError(f"config.json: {self.theirs}={json.dumps(value)} is not supported: {known}")
+        return {self.ours: self.words[value]}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        wanted = getattr(config, self.ours)
+        for word, meaning in self.words.items():
+            if meaning == wanted:
+                return {self.theirs: word}
+        raise UserError(f"{self.theirs} has no word for model.{self.ours}={wanted!r}")
+
+
+class Only(NamedTuple):
+    """A key that may have one value, or null, which is none: any other would change the numbers."""
+
+    theirs: str
+    value: Any
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        if (value := keys.take(self.theirs, self.value)) not in (self.value, None):
+            raise UserError(
+                f"config.json: {self.theirs}={json.dumps(value)} is not supported, only {json.dumps(self.value)}: "
+                "the logits would be others"
+            )
+        return {}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {self.theirs: self.value}
+
+
+class Ours(NamedTuple):
+    """Settings that the family always has and its config.json does not mention."""
+
+    settings: dict[str, Any]
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        return self.settings
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {}
+
+
+class Biases(NamedTuple):
+    """attention_bias, on queries, keys, values and the output; and mlp_bias, which only goes with it."""
+
+    mlp: bool = False
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        attention, mlp = keys.take("attention_bias", False), self.mlp and keys.take("mlp_bias", False)
+        if mlp and not attention:
+            raise UserError("config.json: mlp_bias=true without attention_bias is not supported: nothing here has it")
+        return {"bias": mlp, "attention_bias": "qkvo" if attention and not mlp else "none"}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        attention = config.bias or config.attention_bias == "qkvo"
+        return {"attention_bias": attention} | ({"mlp_bias": config.bias} if self.mlp else {})
+
+
+class QueryScale(NamedTuple):
+    """query_pre_attn_scalar: the scores are divided by its square root (Gemma)."""
+
+    default: float = 256
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        return {"attention_scale": keys.take("query_pre_attn_scalar", self.default) ** -0.5}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        scalar = (config.attention_scale or config.H**-0.5) ** -2
+        return {"query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar}
+
+
+LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
+
+
+class Pattern(NamedTuple):
+    """layer_types and sliding_window. `usual(layer, keys)` is a layer's kind where layer_types is not there.
+
+    `listed`: whether the family's config has layer_types, or all layers are of one kind. `also`: what `usual` reads.
+    """
+
+    usual: Callable[[int, Keys], str]
+    listed: bool = True
+    also: tuple[str, ...] = ()
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        layers, window = keys.take("num_hidden_layers"), keys.take("sliding_window", 4096)
+        types = keys.take("layer_types", None) if self.listed else None
+        for name in self.also:
+            keys.take(name, None)
+        if types is None:
+            kinds = [self.usual(layer, keys) if window else "global" for layer in range(layers)]
+        else:
+            if unknown := [kind for kind in types if kind not in LAYER_TYPES]:
+                raise UserError(f"config.json: layer_types has {unknown[0]!r}: {nearest(unknown[0], LAYER_TYPES)}")
+            if len(types) != layers:
+                raise UserError(f"config.json: {len(types)} layer_types for num_hidden_layers={layers}")
+            kinds = [LAYER_TYPES[kind] for kind in types]
+        return {"pattern": shortest_period(kinds), "window": window if "local" in kinds else None}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        kinds = [config.kind(layer) for layer in range(config.layers)]
+        theirs = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+        window = {"sliding_window": config.window if "local" in kinds else None}
+        return window | ({"layer_types": [theirs[kind] for kind in kinds]} if self.listed else {})
+
+
+def shortest_period(kinds: list[str]) -> tuple[str, ...]:
+    """The shortest pattern that, repeated, gives these layers."""
+    for period in range(1, len(kinds) + 1):
+        if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds)):
+            return tuple(kinds[:period])
+    raise UserError("config.json: num_hidden_layers should be at least 1")
+
+
+class Rope(NamedTuple):
+    """Rotary positions, spelt rope_parameters or, before transformers 5, rope_theta and rope_scaling.
+
+    by_kind: local layers have parameters of their own, unscaled (Gemma 3).
+    """
+
+    base: float = 10_000.0
+    by_kind: bool = False
+    local_base: float = 10_000.0
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        given = keys.take("rope_parameters", None)
+        old, scaling = keys.take("rope_theta", None), keys.take("rope_scaling", None)
+        positions, local = keys.take("max_position_embeddings"), 0.0
+        if self.by_kind:
+            old_local = keys.take("rope_local_base_freq", self.local_base)
+            given, local_given = (given or {}).get("full_attention"), (given or {}).get("sliding_attention") or {}
+            local = float(local_given.get("rope_theta", old_local))
+            if local_given.get("rope_type", "default") != "default":
+                raise UserError("config.json: rope_parameters.sliding_attention with scaling is not supported")
+        given = dict(given or scaling or {})
+        base = float(given.pop("rope_theta", None) or old or self.base)
+        rope = read_scaling(given, base, positions)
+        return {"rope": RopeConfig(**rope, local_base=local), "max_positions": positions}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        rope: dict[str, Any] = write_scaling(config.rope)
+        if self.by_kind:
+            local = {"rope_type": "default", "rope_theta": config.rope.local_base or config.rope.base}
+            rope = {"full_attention": rope, "sliding_attention": local}
+        return {"rope_parameters": rope, "max_position_embeddings": config.max_positions}
+
+
+YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate", "attention_factor": "magnitude"}
+LLAMA3 = {"low_freq_factor": "low_frequency", "high_freq_factor": "high_frequency"}
+
+
+def read_scaling(given: dict[str, Any], base: float, positions: int) -> dict[str, Any]:
+    """Fields of RopeConfig from what is left of rope_parameters or rope_scaling."""
+    given = {name: value for name, value in given.items() if value is not None}
+    old_kind = given.pop("type", "default")
+    kind = given.pop("rope_type", old_kind)
+    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config.json: partial_rotary_factor is not supported, only 1")
+    if kind == "default":
+        return {"base": base}
+    if kind not in ("linear", "yarn", "llama3"):
+        raise UserError(f"config.json: rope_type={kind!r} is not supported: choose default, linear, yarn or llama3")
+    rope: dict[str, Any] = {"base": base, "scaling": kind}
+    if kind != "linear":
+        rope["original_positions"] = given.pop("original_max_position_embeddings", positions)
+    rope["factor"] = float(given.pop("factor", positions / rope.get("original_positions", positions)))
+    if kind == "yarn":
+        above, below = given.pop("mscale", 0), given.pop("mscale_all_dim", 0)
+        if above and below and "attention_factor" not in given:
+            rope["magnitude"] = yarn_magnitude(rope["factor"], above) / yarn_magnitude(rope["factor"], below)
+    names = {"yarn": YARN, "llama3": LLAMA3}.get(kind, {})
+    rope |= {names[name]: given.pop(name) for name in list(given) if name in names}
+    if given:
+        raise UserError(f"config.json: rope_type={kind!r} has {sorted(given)[0]!r}, which is not supported")
+    return {name: float(value) if name in _FLOATS else value for name, value in rope.items()}
+
+
+_FLOATS = {"beta_fast", "beta_slow", "magnitude", "low_frequency", "high_frequency"}
+
+
+def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
+    """0.1·weight·ln(factor) + 1 (YaRN, arXiv 2309.00071, eq. 22, with DeepSeek's weight)."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def write_scaling(rope: RopeConfig) -> dict[str, Any]:
+    """rope_parameters, as transformers 5 spells them."""
+    if rope.scaling == "none":
+        return {"rope_type": "default", "rope_theta": rope.base}
+    if rope.scaling == "ntk":
+        raise UserError("model.rope.scaling=ntk has no spelling in config.json: save it with the base that it makes")
+    out = {"rope_type": rope.scaling, "rope_theta": rope.base, "factor": rope.factor}
+    if rope.scaling != "linear":
+        out["original_max_position_embeddings"] = rope.original_positions
+    names = {"yarn": YARN, "llama3": LLAMA3}.get(rope.scaling, {})
+    return out | {
+        theirs: getattr(rope, ours) for theirs, ours in names.items() if ours != "magnitude" or rope.magnitude
+    }

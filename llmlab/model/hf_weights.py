@@ -1,0 +1,138 @@
+"""Between the tensors of a Hugging Face folder and our stacked parameters: a family's ordered table of names.
+
+A rule names one tensor of theirs and the leaf (or leaves) of ours that it is. `{layer}` in its name makes one tensor
+for each layer, `{expert}` for each expert too. A rule whose leaves the model does not have says nothing: one table
+serves a family's variants.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llmlab.core.errors import UserError
+from llmlab.model.config import ModelConfig
+from llmlab.model.cost import abstract_params
+from llmlab.model.types import Model
+
+Shape = tuple[int, ...]
+
+
+class Rule(NamedTuple):
+    """One tensor of theirs.
+
+    theirs: its name. ours: paths of leaves, below their layer where `theirs` has one.
+    turned: theirs is [out, in], as torch.nn.Linear has it, where ours is [in…, out…]; else both read the same way.
+    dims_in: how many of our leaf's dimensions are `in`; 0 for a bias. Several leaves lie side by side along `out`.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    turned: bool = False
+    dims_in: int = 1
+
+    def shape(self, shapes: list[Shape]) -> Shape:
+        """The tensor's shape, given those of one layer of our leaves."""
+        flat = [self._flat(shape) for shape in shapes]
+        joined = (*flat[0][:-1], sum(shape[-1] for shape in flat))
+        return joined[::-1] if self.turned else joined
+
+    def split(self, x: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
+        """Our leaves, as views of their tensor where that can be."""
+        x = x.T if self.turned else x
+        ends = np.cumsum([self._flat(shape)[-1] for shape in shapes])[:-1]
+        return [part.reshape(shape) for part, shape in zip(np.split(x, ends, axis=-1), shapes, strict=True)]
+
+    def join(self, leaves: list[np.ndarray]) -> np.ndarray:
+        """Their tensor from our leaves."""
+        flat = np.concatenate([leaf.reshape(self._flat(leaf.shape)) for leaf in leaves], axis=-1)
+        return np.ascontiguousarray(flat.T if self.turned else flat)
+
+    def _flat(self, shape: Shape) -> Shape:
+        """[in, out]; a vector is all `out`."""
+        if len(shape) == 1 or not self.dims_in:
+            return (math.prod(shape),)
+        return math.prod(shape[: self.dims_in]), math.prod(shape[self.dims_in :])
+
+
+class Place(NamedTuple):
+    """Where one tensor goes: its rule, and for each of our leaves the path, the index in the stack, and the shape."""
+
+    rule: Rule
+    leaves: tuple[tuple[str, tuple[int, ...], Shape], ...]
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Of one layer of each leaf."""
+        return [shape for _, _, shape in self.leaves]
+
+
+def places(model: Model, rules: tuple[Rule, ...]) -> dict[str, Place]:
+    """Every tensor that this model is made of, by their name, in the table's order.
+
+    Raises:
+      UserError: two rules name one tensor or one of our weights, or a weight of ours has no rule.
+    """
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))
+    }
+    found: dict[str, Place] = {}
+    filled: dict[tuple[str, tuple[int, ...]], str] = {}
+    for rule in rules:
+        for name, leaves in _instances(rule, model.config, shapes):
+            if name in found:
+                raise UserError(f"two rules of the weight table give {name}: it can be matched once only")
+            found[name] = Place(rule, leaves)
+            for path, index, _ in leaves:
+                if (path, index) in filled:
+                    raise UserError(f"{name} and {filled[path, index]} both fill {path}{list(index)}: mend the table")
+                filled[path, index] = name
+    covered: dict[str, int] = {}
+    for path, index in filled:
+        covered[path] = covered.get(path, 0) + 1
+        whole = math.prod(shapes[path][: len(index)])
+        if covered[path] == whole:
+            shapes.pop(path)
+    if shapes:
+        raise UserError(f"the weight table has no rule for {sorted(shapes)[0]}: this family cannot hold such a model")
+    return found
+
+
+def _instances(
+    rule: Rule, config: ModelConfig, shapes: dict[str, Shape]
+) -> Iterator[tuple[str, tuple[tuple[str, tuple[int, ...], Shape], ...]]]:
+    """(name, leaves) of every tensor of this rule that the model has."""
+    if "{layer}" not in rule.theirs:
+        if all(path in shapes for path in rule.ours):
+            yield rule.theirs, tuple((path, (), shapes[path]) for path in rule.ours)
+        return
+    slots = len(config.pattern)
+    for layer in range(config.layers):
+        paths = [f"layers.{layer % slots}.{path}" for path in rule.ours]
+        if not all(path in shapes for path in paths):
+            continue
+        index = (layer // slots,)
+        if "{expert}" in rule.theirs:
+            for expert in range(shapes[paths[0]][1]):
+                leaves = tuple((path, (*index, expert), shapes[path][2:]) for path in paths)
+                yield rule.theirs.format(layer=layer, expert=expert), leaves
+        else:
+            yield rule.theirs.format(layer=layer), tuple((path, index, shapes[path][1:]) for path in paths)
+
+
+def linear(theirs: str, *ours: str, dims_in: int = 1, turned: bool = True) -> tuple[Rule, Rule]:
+    """The weight and, where the model has one, the bias of a linear layer; several of ours in one of theirs."""
+    return (
+        Rule(f"{theirs}.weight", ours, turned, dims_in),
+        Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), dims_in=0),
+    )
+
+
+def get(tree: Any, path: str) -> Any:
+    """The leaf at a dotted path."""
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
