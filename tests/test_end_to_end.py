@@ -15,7 +15,8 @@ from llmlab import cli
 from llmlab.core.errors import EXIT_USER_ERROR
 from llmlab.report.page import verbatim
 
-QUICKSTART = Path(__file__).parent.parent / "experiments" / "quickstart.py"
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+QUICKSTART = EXPERIMENTS / "quickstart.py"
 STEPS = 4
 TRAIN_FIELDS = {
     "step",
@@ -30,13 +31,13 @@ TRAIN_FIELDS = {
 EVAL_FIELDS = {"step", "eval/loss", "eval/perplexity", "eval/bits_per_byte"}
 
 
-def train(workdir: Path, corpus: Path, *more: str) -> int:
-    """`llmlab train` of quickstart:tiny, on a small file of text. The test machine has eight fake devices."""
+def train(workdir: Path, corpus: Path, *more: str, config: str = f"{QUICKSTART}:tiny") -> int:
+    """`llmlab train` of a tiny config, on a small file of text. The test machine has eight fake devices."""
     return cli.run(
         [
             "llmlab",
             "train",
-            f"--config={QUICKSTART}:tiny",
+            f"--config={config}",
             f"--workdir={workdir}",
             "--config.data.source=text",
             f"--config.data.files={corpus}",
@@ -173,6 +174,23 @@ def test_eval_scores_a_local_task(workdir: Path, tmp_path: Path, capsys: pytest.
     assert re.search(r"colours +1 +0 +acc +[01]\.0000", capsys.readouterr().out)
     (outcome,) = (workdir / "eval" / "colours.jsonl").read_text().splitlines()
     assert json.loads(outcome)["chosen"] in ("blue", "loud")
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_deepseek"])
+def test_a_mixture_of_experts_trains_and_samples(
+    variant: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / variant
+    assert train(path, corpus, "--config.run.steps=8", config=f"{EXPERIMENTS}/experts.py:{variant}") == 0
+    trained = [row for row in rows(path) if "loss" in row]
+    losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.3
+    assert all(row["router/max_load"] >= 1 for row in trained)
+    assert all(row["router/balance_loss"] > 0 and row["router/z_loss"] > 0 for row in trained)
+    capsys.readouterr()
+    assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def ", "--max_tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("def")
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def count(experiment: Experiment) -> int:
 
 
 def test_the_experiments_are_all_here():
-    assert [path.stem for path in FILES] == ["gpt2", "llama", "quickstart", "shakespeare_char"]
+    assert [path.stem for path in FILES] == ["experts", "gpt2", "llama", "quickstart", "shakespeare_char"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -221,6 +221,18 @@ def test_queries_that_see_nothing_give_zeros_and_finite_gradients(implementation
     assert all(np.all(np.isfinite(grad)) for grad in grads)
 
 
+@pytest.mark.parametrize("implementation", ["reference", *FAST])
+def test_a_sink_takes_its_share_and_gives_nothing(implementation):
+    case = make(T=24, K=4, B=1)
+    case["q"][:] = 0  # equal weights: of the i-th query, 1 over i and the sink's
+    case["v"][:] = 1
+    case["sinks"] = np.array([-50.0, 0.0, 2.0, 90.0])
+    with jax.enable_x64(True):
+        out = call(case, implementation)
+    seen_T1 = np.arange(1, 25)[:, None]
+    np.testing.assert_allclose(out[0, :, :, 0], seen_T1 / (seen_T1 + np.exp(case["sinks"])[None]), rtol=1e-12)
+
+
 @pytest.mark.parametrize("implementation", FAST)
 def test_large_scores_do_not_overflow(implementation):
     case = make(T=24)

@@ -20,6 +20,7 @@ from llmlab.kernels import attention as attention_contract
 from llmlab.kernels import attention_blockwise, check, logprobs
 from llmlab.kernels.attention_blockwise import BLOCK
 from llmlab.kernels.check import Comparison, check_attention, check_token_logprobs, checked_once, compare
+from llmlab.model.config import LatentConfig, deepseek
 from llmlab.model.transformer import make_model
 from llmlab.train import check as run_check
 from llmlab.train.config import resolve
@@ -44,6 +45,25 @@ def test_attention_passes(kind):
     rows = check_attention(16, 4, 2, jnp.float32, **kind)
     assert {row.name for row in rows} == {"attention", "gradient of q", "gradient of k", "gradient of v"}
     assert failed(rows) == []
+
+
+@pytest.mark.parametrize("implementation", ["short", "blockwise"])
+def test_attention_with_sinks_and_narrow_values_passes(implementation):
+    rows = check_attention(12, 4, 2, jnp.float32, value_dim=8, sinks=True, packed=True, implementation=implementation)
+    assert {row.name for row in rows} >= {"attention", "gradient of v", "gradient of sinks_N"}
+    assert failed(rows) == []
+
+
+def test_sinks_that_a_version_forgets_are_caught(monkeypatch):
+    attention = check.attention
+
+    def forgetful(*args, implementation, sinks_N=None, **kwargs):
+        kept = {"sinks_N": sinks_N} if implementation == "reference" else {}
+        return attention(*args, implementation=implementation, **kept, **kwargs)
+
+    monkeypatch.setattr(check, "attention", forgetful)
+    rows = check_attention(8, 2, 1, jnp.float32, sinks=True, implementation="blockwise", length=64)
+    assert "gradient of sinks_N" in failed(rows)
 
 
 def test_attention_in_bfloat16_passes_its_own_tolerance():
@@ -238,6 +258,23 @@ def small_run(**sections):
     """As the quickstart, over a narrow model."""
     narrow = tiny_llama(dtype="float32", vocab_size=64, max_positions=512)
     return changed(dataclasses.replace(quickstart(), model=narrow), **sections)
+
+
+def test_the_check_knows_the_sinks_and_the_widths_of_the_run():
+    (with_sinks, _) = run_check.kernel_checks(small_run(model={"attention_sinks": True}))
+    assert with_sinks.keywords["sinks"]
+    latent = LatentConfig(kv_rank=8, nope_dim=12, rope_dim=4, value_dim=10)
+    (narrow, _) = run_check.kernel_checks(small_run(model={"kv_heads": 0, "latent": latent}))
+    assert narrow.args[:3] == (16, 4, 4)
+    assert (narrow.keywords["value_dim"], narrow.keywords["sinks"]) == (10, False)
+
+
+def test_the_twin_keeps_experts_and_latents_and_one_leading_dense_layer():
+    wide = deepseek("small", width=512, layers=9, vocab_size=64)
+    wide = dataclasses.replace(wide, experts=dataclasses.replace(wide.experts, first_dense=3))
+    twin = run_check.twin(dataclasses.replace(quickstart(), model=wide), single_device()).model
+    assert (twin.width, twin.stacks(), twin.expert_width) == (64, ((0,), (1, 2)), 128)
+    assert (twin.experts.count, twin.experts.score, twin.latent) == (16, "sigmoid", wide.latent)
 
 
 def test_the_versions_are_checked_in_several_pieces(used, monkeypatch):

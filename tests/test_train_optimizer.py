@@ -61,6 +61,11 @@ def test_only_matrices_decay(name):
         (("layers", "embed"), False),
         (("layers", "heads", "head_dim", "embed"), True),
         (("vocab", "embed"), True),
+        (("layers", "experts", "embed"), False),
+        (("layers", "experts"), False),
+        (("layers", "experts", "mlp", "embed"), True),
+        (("layers", "embed", None), True),
+        (("layers", "latent", "heads", "head_dim"), True),
     ],
 )
 def test_a_matrix_is_known_by_its_axes_not_its_rank(axes, matrix):

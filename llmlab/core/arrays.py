@@ -9,8 +9,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """float32 for anything narrower; float64 stays, so that tests can tell rounding from a bug."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """float32 for anything narrower; float64 stays, so tests can tell rounding from a bug; counts stay integers."""
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.inexact) else jnp.dtype(dtype)
 
 
 def named_key(seed: int, name: str, step: ArrayLike | None = None) -> jax.Array:
@@ -36,6 +36,11 @@ class Mean(NamedTuple):
 
 
 Metrics = dict[str, Mean]
+
+
+def scalars(metrics: Metrics) -> Metrics:
+    """Those that are one number each, and can be printed."""
+    return {name: mean for name, mean in metrics.items() if jnp.ndim(mean.sum) == 0}
 
 
 def global_norm(tree: object) -> jax.Array:

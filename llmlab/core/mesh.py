@@ -38,6 +38,9 @@ class Rules:
     kv_heads: tuple[str, ...] = ("tensor",)
     head_dim: tuple[str, ...] = ()
     positions: tuple[str, ...] = ()
+    # Each device multiplies its own tokens with all experts: split over devices, they would be gathered at every use.
+    experts: tuple[str, ...] = ()
+    latent: tuple[str, ...] = ("fsdp",)
     norm: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import jax
 
-from llmlab.core.arrays import Mean, Metrics
+from llmlab.core.arrays import Mean, Metrics, scalars
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition
 from llmlab.data.pipeline import TokenBatch
@@ -25,7 +25,7 @@ def make_evaluator(loss: Loss, partition: Partition | None = None) -> Evaluate:
       UserError: no target in any batch.
     """
     replicated = None if partition is None else partition.sharding()
-    sums_of = jax.jit(lambda params, batch: loss(params, batch, None)[1], out_shardings=replicated)
+    sums_of = jax.jit(lambda params, batch: scalars(loss(params, batch, None)[1]), out_shardings=replicated)
 
     def evaluate(params: Params, batches: Iterable[TokenBatch]) -> dict[str, float]:
         totals: dict[str, Mean] = {}

@@ -70,6 +70,8 @@ def check_attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    value_dim: int = 0,
+    sinks: bool = False,
     packed: bool = False,
     implementation: str = "auto",
     length: int | None = None,
@@ -77,13 +79,15 @@ def check_attention(
     """Attention as training calls it, at least two blocks long, against the reference in float32 or better.
 
     Args:
+      value_dim: numbers in a head of values; 0 means head_dim. sinks: with a logit for each head in the denominator.
       packed: two documents and padding in each row, cut at different places; else one document.
       implementation: the run's, by name: "auto" would choose for the few rows of the check.
       length: tokens a row; `LENGTH`, more than two blocks, when None.
     """
     B, T = 2, length or LENGTH
-    shapes = {"q": (B, T, heads, head_dim), "k": (B, T, kv_heads, head_dim), "v": (B, T, kv_heads, head_dim)}
-    arguments = _random(shapes, dtype)
+    of_keys = (B, T, kv_heads)
+    shapes = {"q": (B, T, heads, head_dim), "k": (*of_keys, head_dim), "v": (*of_keys, value_dim or head_dim)}
+    arguments = _random(shapes | ({"sinks_N": (heads,)} if sinks else {}), dtype)
     cuts_B1 = jnp.array([[T // 3], [T // 2]], jnp.int32)
     index_1T = jnp.arange(T, dtype=jnp.int32)[None]
     positions_BT = jnp.broadcast_to(index_1T, (B, T))
@@ -102,8 +106,8 @@ def check_attention(
         softcap=softcap,
     )
     return compare(
-        lambda q, k, v: {"attention": ask(q, k, v, rows_in_order=True, implementation=implementation)},
-        lambda q, k, v: {"attention": ask(q, k, v, implementation="reference")},
+        lambda q, k, v, **more: {"attention": ask(q, k, v, **more, rows_in_order=True, implementation=implementation)},
+        lambda q, k, v, **more: {"attention": ask(q, k, v, **more, implementation="reference")},
         arguments,
         tolerance=_tolerance(dtype),
         reference_dtype=jnp.promote_types(dtype, jnp.float32),

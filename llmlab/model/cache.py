@@ -69,3 +69,44 @@ def write(kept_BKSH: jax.Array, new_BTKH: jax.Array, index_BT: jax.Array) -> jax
 def empty(specs: Mapping[str, CacheSpec], batch: int) -> dict[str, jax.Array]:
     """The empty cache of one layer."""
     return {name: spec.empty(batch) for name, spec in specs.items()}
+
+
+class Seen(NamedTuple):
+    """What the queries of one layer look at: what is kept of each token, [B, S, K, H] by name, and which tokens."""
+
+    kept: dict[str, jax.Array]
+    positions_BS: jax.Array
+    segment_ids_BS: jax.Array
+    q_segment_ids_BT: jax.Array
+
+
+def seen_with(
+    new: dict[str, jax.Array],
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    lengths_B: jax.Array | None,
+    cache: dict[str, jax.Array] | None,
+    window: int | None,
+) -> tuple[Seen, dict[str, jax.Array] | None]:
+    """What is seen once these new tokens, [B, T, K, H] by name, are there; and the cache with them written, if any."""
+    if cache is None:
+        return Seen(new, positions_BT, segment_ids_BT, segment_ids_BT), None
+    assert lengths_B is not None
+    time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
+    # A row of a cache is one document.
+    q_segment_ids_BT = (segment_ids_BT > 0).astype(jnp.int32)
+    added_B = jnp.sum(q_segment_ids_BT, axis=1, dtype=jnp.int32)
+    after = slots_after(lengths_B, added_B, time, slots)
+    written = {name: write(kept_BKSH, new[name], after.index_BT) for name, kept_BKSH in cache.items()}
+    if time == 1 or window is None:
+        kept = {name: kept_BKSH.swapaxes(1, 2) for name, kept_BKSH in written.items()}
+        return Seen(kept, after.positions_BS, after.segment_ids_BS, q_segment_ids_BT), written
+    # Several tokens at once overwrite slots of a ring that the first of them still see: look at both.
+    before_positions_BS, before_segment_ids_BS = held_by(lengths_B, slots)
+    kept = {
+        name: jnp.concatenate([kept_BKSH.swapaxes(1, 2), new[name].astype(kept_BKSH.dtype)], axis=1)
+        for name, kept_BKSH in cache.items()
+    }
+    positions_BS = jnp.concatenate([before_positions_BS, positions_BT], axis=1)
+    segment_ids_BS = jnp.concatenate([before_segment_ids_BS, q_segment_ids_BT], axis=1)
+    return Seen(kept, positions_BS, segment_ids_BS, q_segment_ids_BT), written

@@ -5,6 +5,31 @@ from typing import Literal
 
 from llmlab.core.errors import UserError, nearest
 from llmlab.model.rope import RopeConfig
+from llmlab.model.routing import ExpertsConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values from one small vector.
+
+    kv_rank: numbers in the vector that a token leaves behind; 0 means ordinary attention. q_rank: of the one that its
+    queries come from; 0 means from the residual stream at once. nope_dim, rope_dim: of queries and keys, without
+    position and turned by it; the turned key is shared by all heads. value_dim: of a head's values.
+    """
+
+    kv_rank: int = 0
+    q_rank: int = 0
+    nope_dim: int = 32
+    rope_dim: int = 16
+    value_dim: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "q_rank"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.latent.{name}={getattr(self, name)} should be 0 (without) or more")
+        for name in ("nope_dim", "rope_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.latent.{name}={getattr(self, name)} should be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +49,16 @@ class ModelConfig:
       norm: layernorm or rmsnorm (arXiv 1910.07467). norm_from_zero: its scale is 1 + the weight (Gemma).
       norm_before, norm_after: where attention and MLP have a norm: before them (Llama), after them and before they are
         added to the residual stream (OLMo 2, arXiv 2501.00656), or both (Gemma 2, arXiv 2408.00118).
-      activation, gated: gelu is GPT-2's tanh form; gated silu is SwiGLU (arXiv 2002.05202).
+      activation, gated: gelu is GPT-2's tanh form; gated silu is SwiGLU (arXiv 2002.05202); swiglu_clamped is gpt-oss's
+        (up + 1) · gate · sigmoid(1.702 · gate), with the gate at most 7 and up within ±7.
+      experts: several MLPs in place of one, of which each token sees a few.
       bias: on the linear layers and in layernorm. attention_bias: on queries, keys and values (Qwen 2), or on the
         attention's output too, where `bias` is off.
       qk_norm: RMSNorm on queries and keys before rotation: on each head (Qwen 3), or over all heads at once (OLMo 2).
       attention_scale: multiplies the scores; 0 means head_dim^-0.5.
       attention_softcap, logit_softcap: c·tanh(x/c) on scores and logits (Gemma 2).
+      attention_sinks: a learned logit for each head that joins the softmax's denominator only (gpt-oss).
+      latent: multi-head latent attention in place of the ordinary kind.
       pattern: the kinds of consecutive layers, repeated to the depth: global, or local within `window` tokens.
     Initialisation:
       initializer: normal(init_std), or fan_in (normal of variance 1/fan-in); projections back into the residual stream
@@ -58,13 +87,16 @@ class ModelConfig:
     norm_from_zero: bool = False
     norm_before: bool = True
     norm_after: bool = False
-    activation: Literal["gelu", "silu"] = "silu"
+    activation: Literal["gelu", "silu", "swiglu_clamped"] = "silu"
     gated: bool = True
+    experts: ExpertsConfig = dataclasses.field(default_factory=ExpertsConfig)
     bias: bool = False
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
     qk_norm: Literal["none", "head", "all"] = "none"
     attention_scale: float = 0.0
     attention_softcap: float | None = None
+    attention_sinks: bool = False
+    latent: LatentConfig = dataclasses.field(default_factory=LatentConfig)
     logit_softcap: float | None = None
     window: int | None = None
     pattern: tuple[Literal["global", "local"], ...] = ("global",)
@@ -85,7 +117,7 @@ class ModelConfig:
         for name in ("kv_heads", "head_dim", "mlp_width", "vocab_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name}={getattr(self, name)} should be 0 (chosen for you) or more")
-        if not self.head_dim and self.width % self.heads:
+        if not self.head_dim and not self.latent.kv_rank and self.width % self.heads:
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}: "
                 f"try heads={_nearest_divisor(self.width, self.heads)}, or set model.head_dim"
@@ -101,14 +133,38 @@ class ModelConfig:
             )
         if self.norm_from_zero and self.norm == "layernorm":
             raise UserError("model.norm_from_zero is for model.norm=rmsnorm")
-        if self.positions == "rotary" and self.H % 2:
-            raise UserError(f"model.head_dim={self.H} should be even: rotary positions turn pairs of numbers")
+        if self.positions == "rotary" and self.rotary_dim % 2:
+            key = "latent.rope_dim" if self.latent.kv_rank else "head_dim"
+            raise UserError(f"model.{key}={self.rotary_dim} should be even: rotary positions turn pairs of numbers")
         if not self.pattern:
             raise UserError("model.pattern is empty: name at least one kind of layer, such as ('global',)")
         if "local" in self.pattern and not self.window:
             raise UserError("model.pattern has local layers: set model.window to the tokens each of them sees")
         if self.window is not None and self.window < 1:
             raise UserError(f"model.window={self.window} should be at least 1 token")
+        if self.activation == "swiglu_clamped" and not self.gated:
+            raise UserError("model.activation=swiglu_clamped is a product of two: set model.gated")
+        if self.experts.count and self.experts.first_dense >= self.layers:
+            raise UserError(
+                f"model.experts.first_dense={self.experts.first_dense} leaves no layer of model.layers={self.layers} "
+                f"for experts: lower it, or set model.experts.count=0"
+            )
+        if self.latent.kv_rank:
+            self._check_latent()
+
+    def _check_latent(self) -> None:
+        """Refuses what latent attention has no place for."""
+        if self.head_dim or self.heads != self.K:
+            raise UserError(
+                "model.latent gives every head its width and its own keys: leave model.head_dim and model.kv_heads at 0"
+            )
+        if self.positions != "rotary":
+            raise UserError("model.latent.kv_rank needs model.positions=rotary: its rope_dim carries the position")
+        for name, off in (("attention_bias", "none"), ("qk_norm", "none"), ("attention_sinks", False)):
+            if getattr(self, name) != off:
+                raise UserError(
+                    f"model.{name} is for ordinary attention: leave it at {off!r} with model.latent.kv_rank"
+                )
 
     @property
     def K(self) -> int:
@@ -116,7 +172,19 @@ class ModelConfig:
 
     @property
     def H(self) -> int:
+        if self.latent.kv_rank:
+            return self.latent.nope_dim + self.latent.rope_dim
         return self.head_dim or self.width // self.heads
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers in a head's values."""
+        return self.latent.value_dim if self.latent.kv_rank else self.H
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that rotary positions turn."""
+        return self.latent.rope_dim if self.latent.kv_rank else self.H
 
     @property
     def F(self) -> int:
@@ -124,9 +192,28 @@ class ModelConfig:
             return self.mlp_width
         return -(-8 * self.width // 3 // 32) * 32 if self.gated else 4 * self.width
 
+    @property
+    def expert_width(self) -> int:
+        """F of one expert."""
+        return self.experts.width or self.F
+
     def kind(self, layer: int) -> Literal["global", "local"]:
         """The kind of this layer: `pattern`, repeated to the depth."""
         return self.pattern[layer % len(self.pattern)]
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has a mixture of experts in place of its MLP."""
+        return self.experts.count > 0 and layer >= self.experts.first_dense
+
+    def segments(self) -> tuple[range, ...]:
+        """The layers, in runs that repeat `pattern` with the same kind of MLP."""
+        first = self.experts.first_dense if self.experts.count else 0
+        return tuple(run for run in (range(first), range(first, self.layers)) if run)
+
+    def stacks(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that params["layers"]["0"], ["1"], … each stack: a slot for each place of a segment's pattern."""
+        places = len(self.pattern)
+        return tuple(tuple(run[place::places]) for run in self.segments() for place in range(min(places, len(run))))
 
 
 GPT2_SIZES = {
@@ -148,6 +235,31 @@ LLAMA_SIZES = {
     "8b": dict(width=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336),
 }
 
+# Of the families' kinds, for a laptop.
+MIXTRAL_SIZES = {
+    "tiny": dict(width=32, layers=2, heads=4, kv_heads=2, experts=ExpertsConfig(count=4, width=32, balance_loss=0.02)),
+    "small": dict(
+        width=128, layers=4, heads=4, kv_heads=2, experts=ExpertsConfig(count=8, width=192, balance_loss=0.02)
+    ),
+}
+_DEEPSEEK_ROUTER: dict = dict(score="sigmoid", scale=2.5, groups=4, chosen_groups=2, correction=True)
+DEEPSEEK_SIZES = {
+    "tiny": dict(
+        width=32,
+        layers=3,
+        heads=4,
+        latent=LatentConfig(kv_rank=16, q_rank=16, nope_dim=8, rope_dim=4, value_dim=8),
+        experts=ExpertsConfig(count=8, chosen=2, width=16, shared=1, first_dense=1, **_DEEPSEEK_ROUTER),
+    ),
+    "small": dict(
+        width=128,
+        layers=4,
+        heads=4,
+        latent=LatentConfig(kv_rank=48, q_rank=64, nope_dim=32, rope_dim=16, value_dim=32),
+        experts=ExpertsConfig(count=16, chosen=3, width=96, shared=1, first_dense=1, **_DEEPSEEK_ROUTER),
+    ),
+}
+
 
 def gpt2(size: str = "", **overrides: object) -> ModelConfig:
     """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases, tied embedding."""
@@ -167,6 +279,16 @@ def gpt2(size: str = "", **overrides: object) -> ModelConfig:
 def llama(size: str = "", **overrides: object) -> ModelConfig:
     """Llama (arXiv 2302.13971): rotary positions, RMSNorm, SwiGLU, no bias, grouped-query attention."""
     return _build({}, LLAMA_SIZES, size, overrides)
+
+
+def mixtral(size: str = "", **overrides: object) -> ModelConfig:
+    """Mixtral (arXiv 2401.04088): Llama with experts in place of every MLP, kept even by a loss."""
+    return _build({}, MIXTRAL_SIZES, size or "small", overrides)
+
+
+def deepseek(size: str = "", **overrides: object) -> ModelConfig:
+    """DeepSeek-V3 (arXiv 2412.19437): latent attention, many small experts and a shared one, kept even by a bias."""
+    return _build({}, DEEPSEEK_SIZES, size or "small", overrides)
 
 
 def _build(family: dict, sizes: dict[str, dict], size: str, overrides: dict) -> ModelConfig:

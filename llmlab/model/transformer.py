@@ -1,24 +1,28 @@
 """A `Model` from a `ModelConfig`: embedding, a stack of blocks, final norm, head.
 
 Parameters: {"embedding", "layers": {"0": …, "1": …}, "head"}. Layers are stacked, [layers of that slot, …], one slot
-for each place in the config's pattern; whether they run scanned or unrolled is a switch that no weight depends on.
+for each of `config.stacks()`; whether they run scanned or unrolled is a switch that no weight depends on.
 Steps of one token are so short that splitting the stacks would dominate them: `unstack` splits once, beforehand.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from llmlab.core.arrays import accumulation_dtype
+from llmlab.core.arrays import Metrics, accumulation_dtype
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition
 from llmlab.model import cache as caches
 from llmlab.model import weights
+from llmlab.model.block import Block
 from llmlab.model.config import ModelConfig
-from llmlab.model.layers import Block, Embedding, Head
+from llmlab.model.layers import Embedding, Head
 from llmlab.model.rope import Rotary, rotary_angles
+from llmlab.model.routing import LOAD, corrected, over_layers
 from llmlab.model.types import Cache, Inputs, Model, Out, Params, inputs
 
 REMAT_POLICIES = {
@@ -37,16 +41,19 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         raise UserError("model.vocab_size=0 is the tokenizer's, which is not known here: set it")
     if partition is not None:
         check_divides(config, partition)
-    blocks = [Block(config, partition, kind=config.kind(layer)) for layer in range(config.layers)]
+    blocks = [
+        Block(config, partition, kind=config.kind(layer), has_experts=config.has_experts(layer))
+        for layer in range(config.layers)
+    ]
     embedding, head = Embedding(config, partition), Head(config, partition)
-    slots = len(config.pattern)
 
     def boxed_init(key: jax.Array) -> dict[str, Any]:
         embedding_key, layers_key, head_key = jax.random.split(key, 3)
         one = inputs(jnp.zeros((1, 1), jnp.int32))
         x_BTD = jnp.zeros((1, 1, config.width), config.dtype)
         rotary = _rotary(config, one)
-        stacked = {str(s): block.clone(stack=len(blocks[s::slots])) for s, block in enumerate(blocks[:slots])}
+        stacks = enumerate(config.stacks())
+        stacked = {str(slot): blocks[stack[0]].clone(stack=len(stack)) for slot, stack in stacks}
         return {
             "embedding": embedding.init(embedding_key, one)["params"],
             "layers": {
@@ -61,9 +68,9 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
     def apply(params: Params, inputs: Inputs, *, cache: Cache | None = None, key: jax.Array | None = None) -> Out:
         x_BTD: Any = embedding.apply({"params": params["embedding"]}, inputs)
         rotary = _rotary(config, inputs)
-        x_BTD, cache = _run_stack(config, blocks, params["layers"], x_BTD, inputs, rotary, cache)
+        x_BTD, cache, aux = _run_stack(config, blocks, params["layers"], x_BTD, inputs, rotary, cache)
         hidden_BTD: Any = head.apply({"params": params["head"]}, x_BTD)
-        return Out(hidden_BTD, cache, {})
+        return Out(hidden_BTD, cache, aux)
 
     def head_weight(params: Params) -> jax.Array:
         if config.tied_embedding:
@@ -79,7 +86,11 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         return {"lengths_B": jnp.zeros(batch, jnp.int32), "layers": layers}
 
     def unstack(params: Params) -> Params:
-        return params | {"layers": _split(params["layers"], config.layers)}
+        return params | {"layers": _split(config, params["layers"])}
+
+    def post_step(params: Params, aux: Metrics) -> Params:
+        corrects = config.experts.count and config.experts.correction
+        return _corrected(config, params, aux[LOAD].sum) if corrects else params
 
     return Model(
         config=config,
@@ -90,6 +101,7 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         logits=logits,
         init_cache=init_cache,
         unstack=unstack,
+        post_step=post_step,
         axes=_logical_axes(boxed_init),
     )
 
@@ -108,14 +120,21 @@ def unembed(hidden_BTD: jax.Array, w_DV: jax.Array, softcap: float | None) -> ja
 
 def check_divides(config: ModelConfig, partition: Partition) -> None:
     """Raises UserError where an axis of the model is not divided by the devices that would share it."""
-    sizes = {
-        "embed": ("model.width", config.width),
-        "heads": ("model.heads", config.heads),
-        "kv_heads": ("model.kv_heads", config.K),
-        "mlp": ("model.mlp_width", config.F),
-        "vocab": ("model.vocab_size", config.vocab_size),
-    }
-    for logical, (key, size) in sizes.items():
+    experts, latent = config.experts, config.latent
+    sizes = [
+        ("embed", "model.width", config.width),
+        ("heads", "model.heads", config.heads),
+        ("kv_heads", "model.kv_heads", config.K),
+        ("vocab", "model.vocab_size", config.vocab_size),
+    ]
+    if not config.has_experts(0):
+        sizes.append(("mlp", "model.mlp_width", config.F))
+    if experts.count:
+        width = "model.experts.width" if experts.width else "model.mlp_width"
+        sizes += [("experts", "model.experts.count", experts.count), ("mlp", width, config.expert_width)]
+    if latent.kv_rank:
+        sizes += [("latent", "model.latent.kv_rank", latent.kv_rank), ("latent", "model.latent.q_rank", latent.q_rank)]
+    for logical, key, size in sizes:
         devices = partition.size(logical)
         if size % devices:
             raise UserError(
@@ -132,57 +151,96 @@ def _run_stack(
     inputs: Inputs,
     rotary: dict[str, Rotary | None],
     cache: Cache | None,
-) -> tuple[jax.Array, Cache | None]:
-    """All blocks in order: scanned over periods of the pattern where asked, else unrolled."""
+) -> tuple[jax.Array, Cache | None, Metrics]:
+    """All blocks in order: scanned over periods of the pattern where asked, else unrolled; decoding counts nothing."""
     if cache is not None:
-        split, kept = _split(layers, config.layers), []
-        for block, params, layer_cache in zip(blocks, split, cache["layers"], strict=True):
-            x_BTD, written = block.apply(
+        kept = []
+        for block, params, layer_cache in zip(blocks, _split(config, layers), cache["layers"], strict=True):
+            out: Any = block.apply(
                 {"params": params}, x_BTD, inputs, rotary[block.kind], cache["lengths_B"], layer_cache
             )
+            x_BTD, written, _ = out
             kept.append(written)
         lengths_B = cache["lengths_B"] + jnp.sum(inputs.segment_ids_BT > 0, axis=1, dtype=jnp.int32)
-        return x_BTD, {"lengths_B": lengths_B, "layers": tuple(kept)}
+        return x_BTD, {"lengths_B": lengths_B, "layers": tuple(kept)}, {}
 
-    def run(block: Block, params: Any, x_BTD: jax.Array) -> jax.Array:
-        def call(params: Any, x_BTD: jax.Array) -> jax.Array:
-            return block.apply({"params": params}, x_BTD, inputs, rotary[block.kind], None, None)[0]
+    def run(block: Block, params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Metrics]:
+        def call(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Metrics]:
+            out: Any = block.apply({"params": params}, x_BTD, inputs, rotary[block.kind], None, None)
+            return out[0], out[2]
 
         if config.remat != "none":
             call = jax.checkpoint(call, policy=REMAT_POLICIES[config.remat])
         return call(params, x_BTD)
 
-    slots = len(config.pattern)
-    periods = config.layers // slots if config.scan and isinstance(layers, dict) else 0
-    if periods:
-
-        def period(x_BTD: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            for slot in range(slots):
-                x_BTD = run(blocks[slot], params[str(slot)], x_BTD)
-            return x_BTD, None
-
-        x_BTD, _ = jax.lax.scan(period, x_BTD, jax.tree.map(lambda stack: stack[:periods], layers))
-        layers = {slot: jax.tree.map(lambda stack: stack[periods:], tree) for slot, tree in layers.items()}
-    done = periods * slots
-    for block, params in zip(blocks[done:], _split(layers, config.layers - done), strict=True):
-        x_BTD = run(block, params, x_BTD)
-    return x_BTD, None
+    auxes: list[Metrics] = []
+    if config.scan and isinstance(layers, dict):
+        slots = iter(layers[str(slot)] for slot in range(len(layers)))
+        for segment in config.segments():
+            stacks = [next(slots) for _ in segment[: len(config.pattern)]]
+            x_BTD, more = _scan_segment(run, blocks[segment.start : segment.stop], stacks, x_BTD)
+            auxes += more
+    else:
+        for block, params in zip(blocks, _split(config, layers), strict=True):
+            x_BTD, aux = run(block, params, x_BTD)
+            auxes.append(aux)
+    return x_BTD, None, over_layers(auxes)
 
 
-def _split(layers: Any, count: int) -> tuple[Any, ...]:
-    """The trees of `count` consecutive layers, from stacks by slot: one split a stack, never a slice a layer."""
+def _scan_segment(
+    run: Callable[[Block, Any, jax.Array], tuple[jax.Array, Metrics]],
+    blocks: list[Block],
+    stacks: list[Any],
+    x_BTD: jax.Array,
+) -> tuple[jax.Array, list[Metrics]]:
+    """A scan over whole periods, one stack for each place of it; what is left of the last period is unrolled."""
+    places = len(stacks)
+    periods = len(blocks) // places
+
+    def period(x_BTD: jax.Array, layers: list[Any]) -> tuple[jax.Array, list[Metrics]]:
+        auxes = []
+        for block, params in zip(blocks, layers, strict=False):
+            x_BTD, aux = run(block, params, x_BTD)
+            auxes.append(aux)
+        return x_BTD, auxes
+
+    x_BTD, scanned = jax.lax.scan(period, x_BTD, jax.tree.map(lambda stack: stack[:periods], stacks))
+    auxes = [jax.tree.map(lambda leaf, i=i: leaf[i], aux) for i in range(periods) for aux in scanned]
+    for block, tree in zip(blocks[periods * places :], stacks, strict=False):
+        (params,) = _split_stack(jax.tree.map(lambda stack: stack[periods:], tree))
+        x_BTD, aux = run(block, params, x_BTD)
+        auxes.append(aux)
+    return x_BTD, auxes
+
+
+def _split(config: ModelConfig, layers: Any) -> tuple[Any, ...]:
+    """The trees of all layers in order, from stacks by slot: one split a stack, never a slice a layer."""
     if isinstance(layers, tuple):
         return layers
-    split = {slot: _split_stack(tree) for slot, tree in layers.items()}
-    return tuple(split[str(layer % len(layers))][layer // len(layers)] for layer in range(count))
+    trees: dict[int, Any] = {}
+    for slot, stack in enumerate(config.stacks()):
+        trees |= dict(zip(stack, _split_stack(layers[str(slot)]), strict=True))
+    return tuple(trees[layer] for layer in range(config.layers))
 
 
 def _split_stack(tree: Any) -> list[Any]:
     leaves, treedef = jax.tree.flatten(tree)
     unflatten: Any = treedef.unflatten  # type: ignore[attr-defined]
     depth = leaves[0].shape[0]
-    parts = [jax.lax.split(leaf, (1,) * depth, axis=0) if depth else () for leaf in leaves]
+    parts = [jax.lax.split(leaf, (1,) * depth, axis=0) for leaf in leaves]
     return [unflatten([p[i].reshape(p[i].shape[1:]) for p in parts]) for i in range(depth)]
+
+
+def _corrected(config: ModelConfig, params: Params, count_LE: jax.Array) -> Params:
+    """The parameters with each router's correction moved by the tokens that its experts saw, [expert layer, E]."""
+    layers, dense = dict(params["layers"]), config.experts.first_dense
+    for slot, stack in enumerate(config.stacks()):
+        if config.has_experts(stack[0]):
+            name, mlp = "correction_E", layers[str(slot)]["mlp"]
+            seen_LE = count_LE[np.array(stack) - dense]
+            moved_LE = corrected(mlp[name], seen_LE, config.experts.correction_speed)
+            layers[str(slot)] = layers[str(slot)] | {"mlp": mlp | {name: moved_LE}}
+    return params | {"layers": layers}
 
 
 def _rotary(config: ModelConfig, inputs: Inputs) -> dict[str, Rotary | None]:
@@ -191,7 +249,9 @@ def _rotary(config: ModelConfig, inputs: Inputs) -> dict[str, Rotary | None]:
     if config.positions != "rotary":
         return dict.fromkeys(kinds)
     ropes = {kind: config.rope.local if kind == "local" else config.rope for kind in kinds}
-    angles = {rope: rotary_angles(inputs.positions_BT, rope, config.H, config.dtype) for rope in set(ropes.values())}
+    angles = {
+        rope: rotary_angles(inputs.positions_BT, rope, config.rotary_dim, config.dtype) for rope in set(ropes.values())
+    }
     return {kind: angles[rope] for kind, rope in ropes.items()}
 
 

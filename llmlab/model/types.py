@@ -43,6 +43,7 @@ class Model(NamedTuple):
     logits(params, tokens_BT) -> logits_BTV in at least float32: for looking; objectives never hold [B, T, V].
     init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens; more must not be fed to it.
     unstack(params) -> the same weights with one entry a layer, for steps so short that splitting stacks would cost.
+    post_step(params, aux) -> params, with what moves after a step by no gradient: `aux` is that of the whole batch.
     axes: the logical axes of every parameter, a tree like the parameters'.
     """
 
@@ -54,6 +55,7 @@ class Model(NamedTuple):
     logits: Callable[[Params, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
+    post_step: Callable[[Params, Metrics], Params]
     axes: Any
 
 

@@ -12,6 +12,7 @@ from llmlab.core.arrays import Mean, Metrics, accumulation_dtype
 from llmlab.core.errors import UserError
 from llmlab.data.pipeline import TokenBatch
 from llmlab.kernels.logprobs import token_logprobs
+from llmlab.model.routing import router_loss
 from llmlab.model.types import Inputs, Model, Params
 
 Loss = Callable[[Params, TokenBatch, jax.Array | None], tuple[Mean, Metrics]]
@@ -51,10 +52,10 @@ def next_token_loss(
     config: NextTokenConfig,
     key: jax.Array | None = None,
 ) -> tuple[Mean, Metrics]:
-    """(loss, metrics) of a batch: loss = -Σ mask·log p(target) (+ z_loss·Σ mask·log²Z) over Σ mask.
+    """(loss, metrics) of a batch: loss = -Σ mask·log p(target) (+ z_loss·Σ mask·log²Z) over Σ mask, plus the router's.
 
-    The metrics are `loss`, in nats a token and without the z-loss term, and `bits_per_byte`, of the text behind the
-    targets: comparable between tokenizers.
+    The metrics are `loss`, in nats a token and without the other terms, and `bits_per_byte`, of the text behind the
+    targets: comparable between tokenizers; and what the model counts.
     """
     inputs = Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
     out = model.apply(params, inputs, key=key)
@@ -74,6 +75,8 @@ def next_token_loss(
     total = nats
     if config.z_loss:
         total = total + config.z_loss * jnp.sum(jnp.square(logz_BT) * mask_BT)
+    if out.aux:
+        total = total + router_loss(out.aux, model.config.experts) * weight
     bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT].astype(dtype) * mask_BT
     metrics: Metrics = {
         "loss": Mean(nats, weight),

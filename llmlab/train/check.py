@@ -76,6 +76,8 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
             length=min(max(data.sequence_length, LENGTH), LONGEST_ATTENTION),
             window=model.window if kind == "local" else None,
             softcap=model.attention_softcap,
+            value_dim=model.value_dim,
+            sinks=model.attention_sinks,
             packed=data.packing == "best_fit",
             implementation=attention_name,
         )
@@ -116,11 +118,15 @@ def twin(experiment: Experiment, partition: Partition) -> Experiment:
     model, tensor = experiment.model, partition.size("heads")
     if model.width > 256:
         groups = model.heads // model.K
-        heads: Any = dict(heads=groups * tensor, kv_heads=tensor, head_dim=model.H)
-        model = dataclasses.replace(model, width=64 * partition.size("embed"), mlp_width=128 * tensor, **heads)
-    layers = min(model.layers, max(2, len(model.pattern)))
+        heads: Any = dict(heads=groups * tensor, kv_heads=tensor, head_dim=0 if model.latent.kv_rank else model.H)
+        narrow = dataclasses.replace(model.experts, width=0)
+        sizes: Any = dict(width=64 * partition.size("embed"), mlp_width=128 * tensor, experts=narrow)
+        model = dataclasses.replace(model, **heads, **sizes)
+    dense = len(model.segments()) - 1
+    layers = dense + min(len(model.segments()[-1]), max(2, len(model.pattern)))
     vocab_size = 512 * partition.size("vocab") if model.vocab_size == 0 or model.vocab_size > 4096 else model.vocab_size
-    small: Any = dict(attention=attention_name, layers=layers, vocab_size=vocab_size)
+    experts = dataclasses.replace(model.experts, first_dense=dense)
+    small: Any = dict(attention=attention_name, layers=layers, vocab_size=vocab_size, experts=experts)
     model = dataclasses.replace(model, dtype="float32", param_dtype="float32", **small)
     objective = dataclasses.replace(experiment.objective, logprobs=logprobs_name)  # type: ignore[arg-type]
     data, optimizer = experiment.data, experiment.optimizer

@@ -231,7 +231,15 @@ def _prepare_state(run: Run, checkpoints: Checkpoints, progress: Progress) -> tu
     else:
         state = jax.jit(fresh, out_shardings=shardings)(key)
     progress.say(f"{thousands(parameter_count(state.trainable))} parameters; compiling the step …")
-    step = make_step(run.loss, optimizer, schedule, config, seed=settings.seed, partition=run.partition)
+    step = make_step(
+        run.loss,
+        optimizer,
+        schedule,
+        config,
+        seed=settings.seed,
+        partition=run.partition,
+        post_step=model.post_step,
+    )
     return state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.partition.sharding()))
 
 

@@ -9,6 +9,9 @@ import optax
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Axes, is_axes
 
+# Of an array with one of these, each entry is a weight of its own.
+STACKED = ("layers", "experts")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -116,22 +119,22 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether these are the logical axes of a matrix: it maps out of the residual stream, or into it.
+    """Whether these are the logical axes of a matrix: it maps out of the residual stream or a latent, or into it.
 
-    Never by rank: a stacked norm has two dimensions and is a vector, a bias of query heads too.
+    Never by rank: a stacked norm has two dimensions and is a vector, a bias of query heads or of experts too.
     """
-    return "embed" in axes and len([axis for axis in axes if axis != "layers"]) > 1
+    return not {"embed", "latent"}.isdisjoint(axes) and len([axis for axis in axes if axis not in STACKED]) > 1
 
 
 def _muon_dimensions(axes: Axes) -> Any:
-    """Rows and columns of what Muon orthogonalises, the stacked layers apart; None: Adam's.
+    """Rows and columns of what Muon orthogonalises, stacked layers and experts apart; None: Adam's.
 
     Embedding and unembedding are Adam's, as in Jordan's Muon: their inputs or outputs are one-hot.
     """
     if not is_matrix(axes) or "vocab" in axes or "positions" in axes:
         return None
-    residual = axes.index("embed")
-    others = tuple(i for i, axis in enumerate(axes) if axis != "layers" and i != residual)
+    residual = axes.index("embed" if "embed" in axes else "latent")
+    others = tuple(i for i, axis in enumerate(axes) if axis not in STACKED and i != residual)
     out_of_residual = residual < others[0]
     return optax.contrib.MuonDimensionNumbers(
         reduction_axis=(residual,) if out_of_residual else others,

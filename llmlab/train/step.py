@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmlab.core.arrays import Mean, Metrics, accumulation_dtype, global_norm, named_key
+from llmlab.core.arrays import Mean, Metrics, accumulation_dtype, global_norm, named_key, scalars
 from llmlab.core.mesh import Partition
 from llmlab.objective.next_token import Loss
 from llmlab.train.optimizer import OptimizerConfig
 from llmlab.train.state import Guard, TrainState, merge
 
 Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+PostStep = Callable[[Any, Metrics], Any]
 
 
 def make_step(
@@ -24,9 +25,11 @@ def make_step(
     *,
     seed: int,
     partition: Partition | None = None,
+    post_step: PostStep = lambda trainable, metrics: trainable,
 ) -> Step:
     """(state, batch) -> (state, metrics). The caller jits it, with the state donated.
 
+    `post_step(trainable, metrics)` moves what no gradient does, after the optimizer: it is the model's.
     A step whose loss or gradient norm is not finite, or far outside the recent window, changes nothing but its count:
     decided here, on global scalars, so every host decides alike. Metrics are (sum, weight) pairs.
     """
@@ -43,7 +46,7 @@ def make_step(
             scale = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = post_step(optax.apply_updates(state.trainable, updates), metrics)
         ema = state.ema
         if ema is not None:
             ema = jax.tree.map(lambda old, new: config.ema * old + (1 - config.ema) * new, ema, trainable)
@@ -55,7 +58,7 @@ def make_step(
         )
         guard = _watch(state.guard, good, value, norm)
         one = jnp.ones((), jnp.float32)
-        metrics = metrics | {
+        metrics = scalars(metrics) | {
             "learning_rate": Mean(schedule(state.step - state.guard.skipped), one),
             "grad_norm": Mean(norm, one),
             "skipped": Mean(guard.skipped, one),

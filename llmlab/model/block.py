@@ -1,0 +1,60 @@
+"""One layer of the stack, put together from what its config asks for."""
+
+import functools
+from typing import Any
+
+import jax
+
+from llmlab.core.arrays import Metrics
+from llmlab.model import cache as caches
+from llmlab.model.experts import Experts
+from llmlab.model.latent import LatentAttention
+from llmlab.model.layer import Layer, Norm
+from llmlab.model.layers import MLP, Attention
+from llmlab.model.rope import Rotary
+from llmlab.model.types import Inputs
+
+
+class Block(Layer):
+    """Attention, then the MLP or the experts, each with its norms and added to the residual stream."""
+
+    kind: str = "global"
+    has_experts: bool = False
+
+    def setup(self) -> None:
+        c = self.config
+        norm = functools.partial(Norm, c, self.partition, self.stack, kind=c.norm)
+        if c.norm_before:
+            self.attention_norm, self.mlp_norm = norm(), norm()
+        if c.norm_after:
+            self.attention_norm_after, self.mlp_norm_after = norm(), norm()
+        self.attention = self._attention(c, self.partition, self.stack, kind=self.kind)
+        mlp: Any = Experts if self.has_experts else MLP
+        self.mlp = mlp(c, self.partition, self.stack)
+
+    def __call__(
+        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
+    ) -> tuple[jax.Array, dict | None, Metrics]:
+        c, aux = self.config, {}
+        with jax.named_scope("attention"):
+            read_BTD = self.attention_norm(x_BTD) if c.norm_before else x_BTD
+            added_BTD, cache = self.attention(read_BTD, inputs, rotary, lengths_B, cache)
+            added_BTD = self.attention_norm_after(added_BTD) if c.norm_after else added_BTD
+            x_BTD = self.constrain(x_BTD + added_BTD, "batch", "time", "act_embed")
+        with jax.named_scope("mlp"):
+            read_BTD = self.mlp_norm(x_BTD) if c.norm_before else x_BTD
+            if self.has_experts:
+                added_BTD, aux = self.mlp(read_BTD, inputs.segment_ids_BT)
+            else:
+                added_BTD = self.mlp(read_BTD)
+            added_BTD = self.mlp_norm_after(added_BTD) if c.norm_after else added_BTD
+            x_BTD = self.constrain(x_BTD + added_BTD, "batch", "time", "act_embed")
+        return x_BTD, cache, aux
+
+    def cache_specs(self, capacity: int) -> dict[str, caches.CacheSpec]:
+        """What this layer keeps of the tokens it has seen."""
+        return self._attention(self.config, kind=self.kind, parent=None).cache_specs(capacity)
+
+    @property
+    def _attention(self) -> type[Attention] | type[LatentAttention]:
+        return LatentAttention if self.config.latent.kv_rank else Attention
