@@ -17,6 +17,7 @@ from llmlab.report.page import verbatim
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 QUICKSTART = EXPERIMENTS / "quickstart.py"
+MAMBA = EXPERIMENTS / "mamba.py"
 STEPS = 4
 TRAIN_FIELDS = {
     "step",
@@ -190,6 +191,19 @@ def test_a_mixture_of_experts_trains_and_samples(
     assert all(row["router/balance_loss"] > 0 and row["router/z_loss"] > 0 for row in trained)
     capsys.readouterr()
     assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def ", "--max_tokens=4"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny_hybrid"])
+def test_mamba_and_a_hybrid_train_and_write(
+    variant: str, workdir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path, config = tmp_path / variant, f"{MAMBA}:{variant}"
+    assert train(path, corpus, "--config.run.steps=12", "--config.run.eval_every=6", config=config) == 0
+    losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
+    assert losses[0] - 0.3 > losses[1] > losses[2]
+    capsys.readouterr()
+    assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def", "--max_tokens=8"]) == 0
     assert capsys.readouterr().out.startswith("def")
 
 

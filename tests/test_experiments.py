@@ -35,6 +35,7 @@ PUBLISHED = {
     ("llama", "1b", 128256): 1_235_814_400,
     ("llama", "3b", 128256): 3_212_749_824,
     ("llama", "8b", 128256): 8_030_261_248,
+    ("mamba", "130m", 50288): 128_989_632,
 }
 
 
@@ -62,7 +63,7 @@ def documented_sizes(name: str) -> list[str]:
     return found[1].replace(",", "").split() if found else []
 
 
-SIZES = [(name, size) for name in ("gpt2", "llama") for size in documented_sizes(name)]
+SIZES = [(name, size) for name in ("gpt2", "llama", "mamba") for size in documented_sizes(name)]
 
 
 def count(experiment: Experiment) -> int:
@@ -70,7 +71,7 @@ def count(experiment: Experiment) -> int:
 
 
 def test_the_experiments_are_all_here():
-    assert [path.stem for path in FILES] == ["experts", "gpt2", "llama", "quickstart", "shakespeare_char"]
+    assert [path.stem for path in FILES] == ["experts", "gpt2", "llama", "mamba", "quickstart", "shakespeare_char"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -112,7 +113,7 @@ def test_a_released_size_has_the_released_model_s_parameters(name: str, size: st
 
 
 def test_every_documented_size_is_a_setting_and_every_setting_is_documented():
-    for name in ("gpt2", "llama"):
+    for name in ("gpt2", "llama", "mamba"):
         assert documented_sizes(name) == list(load(name).SETTINGS)
 
 
@@ -150,9 +151,9 @@ def test_the_tiny_variant_describes_itself(path: Path):
     assert "about 0.0" in text
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_tiny_variant_trains(path: Path):
-    experiment = resolved(path.stem, "tiny", VOCAB)
+@pytest.mark.parametrize("name,variant", [*((path.stem, "tiny") for path in FILES), ("mamba", "tiny_hybrid")])
+def test_the_tiny_variant_trains(name: str, variant: str):
+    experiment = resolved(name, variant, VOCAB)
     # A schedule of a few steps would end in its warm-up, where a step moves too little to be seen.
     data, config = experiment.data, dataclasses.replace(experiment.optimizer, warmup=0)
     model = make_model(experiment.model)

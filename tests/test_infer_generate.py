@@ -10,7 +10,8 @@ import pytest
 from llmlab.core.errors import UserError
 from llmlab.infer import generate as module
 from llmlab.infer.generate import bucket, continuations, generate, stream
-from llmlab.model.config import gpt2, llama
+from llmlab.model.config import gpt2, llama, mamba2
+from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs
 
@@ -20,6 +21,8 @@ CONFIGS = {
     "llama_gqa": llama(**SHAPE, kv_heads=2),
     "window": llama(**SHAPE, kv_heads=1, window=5, pattern=("local", "global")),
     "qk_norm_softcap": llama(**SHAPE, qk_norm="head", attention_softcap=5.0, logit_softcap=3.0, tied_embedding=True),
+    "mamba": mamba2(**SHAPE, ssm=SsmConfig(state=8, head_dim=16, chunk=8)),
+    "hybrid": llama(**SHAPE, pattern=("mamba", "global"), ssm=SsmConfig(state=8, head_dim=16, chunk=8, mlp=True)),
 }
 NAMES = list(CONFIGS)
 
@@ -71,7 +74,7 @@ def test_prefill_and_decode_are_the_full_forward(name):
     np.testing.assert_array_equal(cache["lengths_B"], lengths_B + 12)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "window"])
+@pytest.mark.parametrize("name", ["llama_gqa", "window", "hybrid"])
 def test_a_prompt_read_in_two_parts(name):
     model, params, full = built(name)
     tokens_BT = tokens(2, 20)

@@ -19,8 +19,9 @@ from llmlab.data.pipeline import TokenBatch
 from llmlab.kernels import attention as attention_contract
 from llmlab.kernels import attention_blockwise, check, logprobs
 from llmlab.kernels.attention_blockwise import BLOCK
-from llmlab.kernels.check import Comparison, check_attention, check_token_logprobs, checked_once, compare
+from llmlab.kernels.check import Comparison, check_attention, check_ssm, check_token_logprobs, checked_once, compare
 from llmlab.model.config import LatentConfig, deepseek
+from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model
 from llmlab.train import check as run_check
 from llmlab.train.config import resolve
@@ -98,6 +99,27 @@ def test_ignored_segment_ids_are_caught(monkeypatch):
     kind = {"implementation": "blockwise", "length": 64}
     assert failed(check_attention(8, 2, 1, jnp.float32, packed=False, **kind)) == []
     assert "attention" in failed(check_attention(8, 2, 1, jnp.float32, packed=True, **kind))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_state_space_passes(packed):
+    rows = check_ssm(8, 4, jnp.float32, chunk=16, groups=2, packed=packed, implementation="chunked")
+    gradients = {f"gradient of {name}" for name in ("x", "dt", "rate", "b", "c")}
+    assert {row.name for row in rows} == {"y", "state"} | gradients
+    assert failed(rows) == []
+
+
+def test_a_state_that_passes_between_documents_is_caught(monkeypatch):
+    ssm = check.ssm
+
+    def forgetful(*args, segment_ids_BT, implementation, **kwargs):
+        if implementation != "reference":
+            segment_ids_BT = jnp.minimum(segment_ids_BT, 1)
+        return ssm(*args, segment_ids_BT=segment_ids_BT, implementation=implementation, **kwargs)
+
+    monkeypatch.setattr(check, "ssm", forgetful)
+    assert failed(check_ssm(8, 4, jnp.float32, chunk=16, packed=False)) == []
+    assert "y" in failed(check_ssm(8, 4, jnp.float32, chunk=16, packed=True))
 
 
 @pytest.mark.parametrize("implementation", ["plain", "chunked"])
@@ -312,6 +334,15 @@ def test_the_check_gives_segment_ids_as_the_model_does(monkeypatch):
     run_check.kernel_checks(small_run(data={"packing": "chunk"}))[0]()
     assert given
     assert all(given)
+
+
+def test_a_run_checks_what_its_kinds_of_layers_use():
+    ssm = SsmConfig(state=6, head_dim=8, groups=2, chunk=32)
+    for pattern, expected in (("mamba",), {"check_ssm"}), (("mamba", "global"), {"check_ssm", "check_attention"}):
+        checks = run_check.kernel_checks(small_run(model={"pattern": pattern, "ssm": ssm}))
+        assert {each.func.__name__ for each in checks} == expected | {"check_token_logprobs"}
+    assert checks[0].args == (8, 6, "float32")
+    assert checks[0].keywords == dict(groups=2, packed=True, implementation="auto", chunk=32)
 
 
 def test_a_run_that_asks_for_cudnn_is_refused_at_its_check(monkeypatch):

@@ -20,6 +20,7 @@ from llmlab.core.paths import write_atomic
 from llmlab.kernels import attention_blockwise
 from llmlab.kernels.attention import attention
 from llmlab.kernels.logprobs import token_logprobs
+from llmlab.kernels.ssm import ssm
 
 LENGTH = 2 * attention_blockwise.BLOCK + 40
 # Relative norms that rounding explains on products of some hundred terms, several times over.
@@ -88,13 +89,7 @@ def check_attention(
     of_keys = (B, T, kv_heads)
     shapes = {"q": (B, T, heads, head_dim), "k": (*of_keys, head_dim), "v": (*of_keys, value_dim or head_dim)}
     arguments = _random(shapes | ({"sinks_N": (heads,)} if sinks else {}), dtype)
-    cuts_B1 = jnp.array([[T // 3], [T // 2]], jnp.int32)
-    index_1T = jnp.arange(T, dtype=jnp.int32)[None]
-    positions_BT = jnp.broadcast_to(index_1T, (B, T))
-    segments_BT = jnp.ones((B, T), jnp.int32)
-    if packed:
-        segments_BT = jnp.where(index_1T >= T - 9, 0, 1 + (index_1T >= cuts_B1))
-        positions_BT = jnp.where(index_1T >= cuts_B1, index_1T - cuts_B1, index_1T)
+    segments_BT, positions_BT = _rows(T, packed)
     ask: Callable[..., jax.Array] = functools.partial(
         attention,
         q_positions_BT=positions_BT,
@@ -111,6 +106,41 @@ def check_attention(
         arguments,
         tolerance=_tolerance(dtype),
         reference_dtype=jnp.promote_types(dtype, jnp.float32),
+    )
+
+
+def check_ssm(
+    head_dim: int,
+    state: int,
+    dtype: Any,
+    *,
+    chunk: int,
+    groups: int = 1,
+    packed: bool = False,
+    implementation: str = "auto",
+) -> list[Comparison]:
+    """The state-space recurrence over more than two chunks, against the reference in float32 or better.
+
+    Args:
+      groups: of two heads each, two groups at most: the reference keeps every token's state.
+      packed: as for attention.
+    """
+    B, T, K = 2, 2 * chunk + 40, min(groups, 2)
+    shapes = {"x": (B, T, 2 * K, head_dim), "dt": (B, T, 2 * K), "b": (B, T, K, state), "c": (B, T, K, state)}
+    segment_ids_BT, _ = _rows(T, packed)
+    precise = jnp.promote_types(dtype, jnp.float32)
+
+    def run(implementation: str, x: Any, dt: Any, rate: Any, b: Any, c: Any) -> dict[str, jax.Array]:
+        dt, a = jax.nn.softplus(dt.astype(precise)), -jnp.exp(rate.astype(precise))
+        y, last = ssm(x, dt, a, b, c, segment_ids_BT=segment_ids_BT, chunk=chunk, implementation=implementation)
+        return {"y": y, "state": last}
+
+    return compare(
+        functools.partial(run, implementation),
+        functools.partial(run, "reference"),
+        _random(shapes | {"rate": (2 * K,)}, dtype),
+        tolerance=_tolerance(dtype),
+        reference_dtype=precise,
     )
 
 
@@ -171,6 +201,16 @@ def _outputs_and_gradients(function: Callable[..., Any], arguments: dict[str, ja
 
     grads, out = jax.jit(jax.grad(weighted, has_aux=True))(arguments)
     return out | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def _rows(T: int, packed: bool) -> tuple[jax.Array, jax.Array]:
+    """Segment ids and positions of two rows: two documents and padding in each, or one document."""
+    index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (2, T))
+    if not packed:
+        return jnp.ones_like(index_BT), index_BT
+    cuts_B1 = jnp.array([[T // 3], [T // 2]], jnp.int32)
+    segments_BT = jnp.where(index_BT >= T - 9, 0, 1 + (index_BT >= cuts_B1))
+    return segments_BT, jnp.where(index_BT >= cuts_B1, index_BT - cuts_B1, index_BT)
 
 
 def _tolerance(dtype: Any) -> float:

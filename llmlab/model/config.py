@@ -6,6 +6,7 @@ from typing import Literal
 from llmlab.core.errors import UserError, nearest
 from llmlab.model.rope import RopeConfig
 from llmlab.model.routing import ExpertsConfig
+from llmlab.model.ssm import SsmConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ class ModelConfig:
       attention_softcap, logit_softcap: c·tanh(x/c) on scores and logits (Gemma 2).
       attention_sinks: a learned logit for each head that joins the softmax's denominator only (gpt-oss).
       latent: multi-head latent attention in place of the ordinary kind.
-      pattern: the kinds of consecutive layers, repeated to the depth: global, or local within `window` tokens.
+      pattern: the kinds of consecutive layers, repeated to the depth: global, local within `window` tokens, or mamba.
+      ssm: the mamba layers.
     Initialisation:
       initializer: normal(init_std), or fan_in (normal of variance 1/fan-in); projections back into the residual stream
         are scaled by 1/sqrt(2·layers) in both (GPT-2). The embedding is normal(init_std).
@@ -99,7 +101,8 @@ class ModelConfig:
     latent: LatentConfig = dataclasses.field(default_factory=LatentConfig)
     logit_softcap: float | None = None
     window: int | None = None
-    pattern: tuple[Literal["global", "local"], ...] = ("global",)
+    pattern: tuple[Literal["global", "local", "mamba"], ...] = ("global",)
+    ssm: SsmConfig = dataclasses.field(default_factory=SsmConfig)
 
     initializer: Literal["normal", "fan_in"] = "fan_in"
     init_std: float = 0.02
@@ -117,7 +120,7 @@ class ModelConfig:
         for name in ("kv_heads", "head_dim", "mlp_width", "vocab_size"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.{name}={getattr(self, name)} should be 0 (chosen for you) or more")
-        if not self.head_dim and not self.latent.kv_rank and self.width % self.heads:
+        if self.attends and not self.head_dim and not self.latent.kv_rank and self.width % self.heads:
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}: "
                 f"try heads={_nearest_divisor(self.width, self.heads)}, or set model.head_dim"
@@ -133,7 +136,7 @@ class ModelConfig:
             )
         if self.norm_from_zero and self.norm == "layernorm":
             raise UserError("model.norm_from_zero is for model.norm=rmsnorm")
-        if self.positions == "rotary" and self.rotary_dim % 2:
+        if self.attends and self.positions == "rotary" and self.rotary_dim % 2:
             key = "latent.rope_dim" if self.latent.kv_rank else "head_dim"
             raise UserError(f"model.{key}={self.rotary_dim} should be even: rotary positions turn pairs of numbers")
         if not self.pattern:
@@ -151,6 +154,8 @@ class ModelConfig:
             )
         if self.latent.kv_rank:
             self._check_latent()
+        if "mamba" in self.pattern:
+            self.ssm.check(self.width)
 
     def _check_latent(self) -> None:
         """Refuses what latent attention has no place for."""
@@ -197,9 +202,23 @@ class ModelConfig:
         """F of one expert."""
         return self.experts.width or self.F
 
-    def kind(self, layer: int) -> Literal["global", "local"]:
+    @property
+    def attends(self) -> bool:
+        """Whether any layer has attention."""
+        return set(self.pattern) != {"mamba"}
+
+    @property
+    def ssm_heads(self) -> int:
+        """N of the mamba layers."""
+        return self.ssm.heads_at(self.width)
+
+    def kind(self, layer: int) -> Literal["global", "local", "mamba"]:
         """The kind of this layer: `pattern`, repeated to the depth."""
         return self.pattern[layer % len(self.pattern)]
+
+    def has_mlp(self, kind: str) -> bool:
+        """Whether layers of this kind have an MLP."""
+        return kind != "mamba" or self.ssm.mlp
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer has a mixture of experts in place of its MLP."""
@@ -260,6 +279,15 @@ DEEPSEEK_SIZES = {
     ),
 }
 
+# The released sizes, with a vocabulary of 50288.
+MAMBA2_SIZES = {
+    "130m": dict(width=768, layers=24),
+    "370m": dict(width=1024, layers=48),
+    "780m": dict(width=1536, layers=48),
+    "1300m": dict(width=2048, layers=48),
+    "2700m": dict(width=2560, layers=64),
+}
+
 
 def gpt2(size: str = "", **overrides: object) -> ModelConfig:
     """GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU, biases, tied embedding."""
@@ -289,6 +317,13 @@ def mixtral(size: str = "", **overrides: object) -> ModelConfig:
 def deepseek(size: str = "", **overrides: object) -> ModelConfig:
     """DeepSeek-V3 (arXiv 2412.19437): latent attention, many small experts and a shared one, kept even by a bias."""
     return _build({}, DEEPSEEK_SIZES, size or "small", overrides)
+
+
+def mamba2(size: str = "", **overrides: object) -> ModelConfig:
+    """Mamba-2 (arXiv 2405.21060): mixers alone, no positions, so that `max_positions` only bounds; tied embedding."""
+    return _build(
+        {"pattern": ("mamba",), "tied_embedding": True, "max_positions": 2**20}, MAMBA2_SIZES, size, overrides
+    )
 
 
 def _build(family: dict, sizes: dict[str, dict], size: str, overrides: dict) -> ModelConfig:

@@ -25,8 +25,8 @@ def tree_bytes(tree: Any) -> int:
 
 
 def product_parameters(config: ModelConfig) -> int:
-    """Weights that a token is multiplied with: the head included, the embedding look-up not; its own experts only."""
-    layers = sum(_attention_parameters(config) + _mlp_parameters(config, layer) for layer in range(config.layers))
+    """Weights that a token is multiplied with: the head and convolutions, not the look-up; its own experts only."""
+    layers = sum(_mixer_parameters(config, layer) + _mlp_parameters(config, layer) for layer in range(config.layers))
     return layers + config.width * config.vocab_size
 
 
@@ -34,17 +34,24 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """Model FLOPs of a training step for each token: 6 a weight, 12·H·N·S a layer (PaLM, arXiv 2204.02311, appendix B).
 
     S is what a token can attend to: the sequence length, or the window of a local layer; 2·H is the width of a key and
-    of a value. As there, causality is not discounted and recomputation does not count.
+    of a value. As there, causality is not discounted and recomputation does not count. A mamba layer writes to its
+    state and reads it, 12·H·N·Z, whatever the length; the products that chunks take instead do not count.
     """
-    attended = 0
-    for layer in range(config.layers):
-        local = config.kind(layer) == "local" and config.window is not None
-        attended += min(sequence_length, config.window or sequence_length) if local else sequence_length
-    return 6.0 * product_parameters(config) + 6.0 * (config.H + config.value_dim) * config.heads * attended
+    mixed = 0
+    for kind in map(config.kind, range(config.layers)):
+        if kind == "mamba":
+            mixed += 2 * config.ssm_heads * config.ssm.head_dim * config.ssm.state
+        else:
+            window = config.window if kind == "local" and config.window else sequence_length
+            mixed += config.heads * (config.H + config.value_dim) * min(sequence_length, window)
+    return 6.0 * product_parameters(config) + 6.0 * mixed
 
 
-def _attention_parameters(config: ModelConfig) -> int:
-    N, K, H, latent = config.heads, config.K, config.H, config.latent
+def _mixer_parameters(config: ModelConfig, layer: int) -> int:
+    N, K, H, latent, s = config.heads, config.K, config.H, config.latent, config.ssm
+    if config.kind(layer) == "mamba":
+        inner, shared = config.ssm_heads * s.head_dim, 2 * s.groups * s.state
+        return config.width * (3 * inner + shared + config.ssm_heads) + s.conv * (inner + shared)
     if not latent.kv_rank:
         return config.width * H * (2 * N + 2 * K)
     down = config.width * (latent.kv_rank + latent.rope_dim)
@@ -55,6 +62,8 @@ def _attention_parameters(config: ModelConfig) -> int:
 
 def _mlp_parameters(config: ModelConfig, layer: int) -> int:
     experts, matrices = config.experts, 3 if config.gated else 2
+    if not config.has_mlp(config.kind(layer)):
+        return 0
     if not config.has_experts(layer):
         return matrices * config.width * config.F
     mlps = experts.chosen + experts.shared

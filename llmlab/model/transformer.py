@@ -121,14 +121,13 @@ def unembed(hidden_BTD: jax.Array, w_DV: jax.Array, softcap: float | None) -> ja
 def check_divides(config: ModelConfig, partition: Partition) -> None:
     """Raises UserError where an axis of the model is not divided by the devices that would share it."""
     experts, latent = config.experts, config.latent
-    sizes = [
-        ("embed", "model.width", config.width),
-        ("heads", "model.heads", config.heads),
-        ("kv_heads", "model.kv_heads", config.K),
-        ("vocab", "model.vocab_size", config.vocab_size),
-    ]
-    if not config.has_experts(0):
-        sizes.append(("mlp", "model.mlp_width", config.F))
+    sizes = [("embed", "model.width", config.width), ("vocab", "model.vocab_size", config.vocab_size)]
+    if config.attends:
+        sizes += [("heads", "model.heads", config.heads), ("kv_heads", "model.kv_heads", config.K)]
+    if "mamba" in config.pattern:
+        sizes += [("heads", "model.ssm.heads", config.ssm_heads)]
+    if any(config.has_mlp(config.kind(layer)) and not config.has_experts(layer) for layer in range(config.layers)):
+        sizes += [("mlp", "model.mlp_width", config.F)]
     if experts.count:
         width = "model.experts.width" if experts.width else "model.mlp_width"
         sizes += [("experts", "model.experts.count", experts.count), ("mlp", width, config.expert_width)]
@@ -244,15 +243,15 @@ def _corrected(config: ModelConfig, params: Params, count_LE: jax.Array) -> Para
 
 
 def _rotary(config: ModelConfig, inputs: Inputs) -> dict[str, Rotary | None]:
-    """What each kind of layer turns by."""
+    """What each kind of layer turns by; None where it does not."""
     kinds = sorted(set(config.pattern))
     if config.positions != "rotary":
         return dict.fromkeys(kinds)
-    ropes = {kind: config.rope.local if kind == "local" else config.rope for kind in kinds}
+    ropes = {kind: config.rope.local if kind == "local" else config.rope for kind in kinds if kind != "mamba"}
     angles = {
         rope: rotary_angles(inputs.positions_BT, rope, config.rotary_dim, config.dtype) for rope in set(ropes.values())
     }
-    return {kind: angles[rope] for kind, rope in ropes.items()}
+    return {kind: angles[ropes[kind]] if kind in ropes else None for kind in kinds}
 
 
 def _logical_axes(boxed_init: Any) -> Any:

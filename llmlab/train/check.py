@@ -22,7 +22,7 @@ from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition, fetch, single_device
 from llmlab.data.pipeline import TokenBatch
 from llmlab.kernels import attention, logprobs
-from llmlab.kernels.check import LENGTH, Comparison, check_attention, check_token_logprobs, compared
+from llmlab.kernels.check import LENGTH, Comparison, check_attention, check_ssm, check_token_logprobs, compared
 from llmlab.model.transformer import make_model
 from llmlab.train.config import Experiment
 from llmlab.train.optimizer import make_optimizer
@@ -57,7 +57,7 @@ def check_experiment(
 
 
 def kernel_rows(experiment: Experiment) -> list[Comparison]:
-    """Attention for each kind of layer, and token log-probabilities: chosen version against reference."""
+    """What mixes tokens in each kind of layer, and token log-probabilities: chosen version against reference."""
     return [row for check in kernel_checks(experiment) for row in check()]
 
 
@@ -65,8 +65,12 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
     """The comparisons that `kernel_rows` makes, as calls: their arguments say which kernels the run would use how."""
     model, data = experiment.model, experiment.data
     attention_name, logprobs_name = versions(experiment)
-    checks = []
-    for kind in dict.fromkeys(model.pattern):
+    checks: list[functools.partial] = []
+    s, packed = model.ssm, data.packing == "best_fit"
+    if "mamba" in model.pattern:
+        options: Any = dict(groups=s.groups, packed=packed, implementation=s.implementation, chunk=s.chunk)
+        checks.append(functools.partial(check_ssm, s.head_dim, s.state, model.dtype, **options))
+    for kind in dict.fromkeys(kind for kind in model.pattern if kind != "mamba"):
         check = functools.partial(
             check_attention,
             model.H,
@@ -78,7 +82,7 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
             softcap=model.attention_softcap,
             value_dim=model.value_dim,
             sinks=model.attention_sinks,
-            packed=data.packing == "best_fit",
+            packed=packed,
             implementation=attention_name,
         )
         checks.append(check)
@@ -119,7 +123,8 @@ def twin(experiment: Experiment, partition: Partition) -> Experiment:
     if model.width > 256:
         groups = model.heads // model.K
         heads: Any = dict(heads=groups * tensor, kv_heads=tensor, head_dim=0 if model.latent.kv_rank else model.H)
-        narrow = dataclasses.replace(model.experts, width=0)
+        narrow, shared = dataclasses.replace(model.experts, width=0), min(model.ssm.groups, 2)
+        heads |= dict(ssm=dataclasses.replace(model.ssm, groups=shared, heads=2 * shared * tensor))
         sizes: Any = dict(width=64 * partition.size("embed"), mlp_width=128 * tensor, experts=narrow)
         model = dataclasses.replace(model, **heads, **sizes)
     dense = len(model.segments()) - 1
