@@ -186,7 +186,7 @@ def test_a_mixture_of_experts_trains_and_samples(
     trained = [row for row in rows(path) if "loss" in row]
     losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
     assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.3
+    assert losses[-1] < losses[0] - 0.1
     assert all(row["router/max_load"] >= 1 for row in trained)
     assert all(row["router/balance_loss"] > 0 and row["router/z_loss"] > 0 for row in trained)
     capsys.readouterr()
@@ -201,7 +201,7 @@ def test_mamba_and_a_hybrid_train_and_write(
     path, config = tmp_path / variant, f"{MAMBA}:{variant}"
     assert train(path, corpus, "--config.run.steps=12", "--config.run.eval_every=6", config=config) == 0
     losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
-    assert losses[0] - 0.3 > losses[1] > losses[2]
+    assert losses[0] - 0.1 > losses[1] > losses[2]
     capsys.readouterr()
     assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def", "--max_tokens=8"]) == 0
     assert capsys.readouterr().out.startswith("def")

@@ -129,7 +129,8 @@ def test_prefill_and_decode_equal_the_full_forward(kind):
 
 
 def test_the_cache_keeps_the_latent_and_the_shared_key_only():
-    cache = make_model(config_of(window=4, pattern=("local", "global"))).init_cache(3, 20)
+    with jax.enable_x64(True):
+        cache = make_model(config_of(window=4, pattern=("local", "global"))).init_cache(3, 20)
     shapes = [{name: kept.shape for name, kept in layer.items()} for layer in cache["layers"]]
     assert shapes == [
         {"latent_B1SR": (3, 1, slots, SIZES["kv_rank"]), "turned_key_B1SH": (3, 1, slots, SIZES["rope_dim"])}
@@ -176,9 +177,10 @@ def test_every_matrix_of_it_decays_and_is_muons():
 
 
 def test_its_cost_counts_every_matrix_once():
-    model = make_model(config_of())
-    vectors = 2 * (16 + 16 + 8 + 10) + 16
-    assert product_parameters(model.config) == parameter_count(abstract_params(model)) - vectors - VOCAB * 16
+    with jax.enable_x64(True):
+        model = make_model(config_of())
+        vectors = 2 * (16 + 16 + 8 + 10) + 16
+        assert product_parameters(model.config) == parameter_count(abstract_params(model)) - vectors - VOCAB * 16
 
 
 @pytest.mark.parametrize(

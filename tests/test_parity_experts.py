@@ -301,9 +301,9 @@ def test_logits_are_theirs_whole_and_decoded(family):
     assert (np.asarray(out.aux[LOAD].sum) > 0).all()
 
     cache, parts = model.init_cache(2, 24), []
-    step = jax.jit(lambda piece, cache: model.apply(params, piece, cache=cache))
+    step = jax.jit(lambda params, piece, cache: model.apply(params, piece, cache=cache))
     for begin, end in [(0, 20), *((t, t + 1) for t in range(20, 24))]:
-        out = step(Inputs(*(x[:, begin:end] for x in row[:3])), cache)
+        out = step(params, Inputs(*(x[:, begin:end] for x in row[:3])), cache)
         cache = out.cache
         parts.append(unembed(out.hidden_BTD, model.head(params), None))
     assert relative(jnp.concatenate(parts, axis=1), their) < TOLERANCE

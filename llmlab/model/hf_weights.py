@@ -109,12 +109,12 @@ def _instances(
         if all(path in shapes for path in rule.ours):
             yield rule.theirs, tuple((path, (), shapes[path]) for path in rule.ours)
         return
-    slots = len(config.pattern)
-    for layer in range(config.layers):
-        paths = [f"layers.{layer % slots}.{path}" for path in rule.ours]
+    places = {layer: (slot, i) for slot, stack in enumerate(config.stacks()) for i, layer in enumerate(stack)}
+    for layer, (slot, place) in sorted(places.items()):
+        paths = [f"layers.{slot}.{path}" for path in rule.ours]
         if not all(path in shapes for path in paths):
             continue
-        index = (layer // slots,)
+        index = (place,)
         if "{expert}" in rule.theirs:
             for expert in range(shapes[paths[0]][1]):
                 leaves = tuple((path, (*index, expert), shapes[path][2:]) for path in paths)
