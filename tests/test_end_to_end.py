@@ -177,7 +177,7 @@ def test_eval_scores_a_local_task(workdir: Path, tmp_path: Path, capsys: pytest.
     assert json.loads(outcome)["chosen"] in ("blue", "loud")
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny_deepseek"])
+@pytest.mark.parametrize("variant", ["tiny", pytest.param("tiny_deepseek", marks=pytest.mark.slow)])
 def test_a_mixture_of_experts_trains_and_samples(
     variant: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -194,7 +194,7 @@ def test_a_mixture_of_experts_trains_and_samples(
     assert capsys.readouterr().out.startswith("def")
 
 
-@pytest.mark.parametrize("variant", ["tiny", "tiny_hybrid"])
+@pytest.mark.parametrize("variant", ["tiny", pytest.param("tiny_hybrid", marks=pytest.mark.slow)])
 def test_mamba_and_a_hybrid_train_and_write(
     variant: str, workdir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -253,6 +253,7 @@ def one_device(name: str):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_how_it_runs_changes_no_gradient(name, change):
     params, expected = one_device(name)
     with jax.enable_x64(True):
@@ -278,6 +279,7 @@ FAST = [("deepseek", "2x2x2"), ("gpt-oss", "sequence")]
         for mesh in MESHES
     ],
 )
+@pytest.mark.slow
 def test_eight_devices_give_the_gradients_of_one(name, mesh):
     params, expected = one_device(name)
     with jax.enable_x64(True):
@@ -287,6 +289,7 @@ def test_eight_devices_give_the_gradients_of_one(name, mesh):
 
 
 @pytest.mark.parametrize("mesh", [None, pytest.param("2x2x2", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_four_microbatches_are_one_batch(mesh):
     """Counts exactly, and gradients: but for the loss of balance, which is no sum over tokens."""
     with jax.enable_x64(True):

@@ -141,6 +141,7 @@ def test_the_cache_keeps_the_latent_and_the_shared_key_only():
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, tensor=2, sequence=2)], ids=str
 )
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_gradients(mesh):
     config = config_of()
     with jax.enable_x64(True):

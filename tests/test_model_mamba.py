@@ -245,6 +245,7 @@ def plain_gradients(name):
 @pytest.mark.parametrize(
     "name, remat", [("everything", "dots"), pytest.param("hybrid", "full", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_scan_and_remat_change_no_gradient(name, remat):
     changed = dataclasses.replace(CONFIGS[name], scan=True, remat=remat)
     assert_close(gradients(changed), plain_gradients(name), 1e-10)
