@@ -233,12 +233,18 @@ def _put(params: Params, model: Model, path: str, index: tuple[int, ...], part: 
     """Writes one layer of a leaf, in place."""
     *way, last = path.split(".")
     holder = get(params, ".".join(way))
+    stored = holder[last].dtype
+    if not index:
+        del holder[last]  # a leaf of one tensor is that tensor: its place is given up before the tensor comes
     if model.partition is None:
         piece = jnp.asarray(part)
     else:
         axes = get(model.axes, path)[len(index) :]
         sharding = model.partition.sharding(*axes)
         piece = jax.make_array_from_callback(part.shape, sharding, lambda place: part[place])
+    if not index:
+        holder[last] = piece if piece.dtype == stored else piece.astype(stored)
+        return
     holder[last] = _written(holder[last], piece, jnp.asarray(index, jnp.int32), len(index))
 
 
