@@ -13,17 +13,20 @@ from safetensors.numpy import load_file, save_file
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.model import hf
-from llmlab.model.config import ModelConfig
+from llmlab.model.config import ModelConfig, deepseek, mamba2, mixtral
 from llmlab.model.families import FAMILIES
 from llmlab.model.hf_files import INDEX, SINGLE
 from llmlab.model.hf_weights import Rule, places
 from llmlab.model.rope import RopeConfig
+from llmlab.model.routing import ExpertsConfig
+from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model
-from tests.helpers import random_params, tiny_gpt2, tiny_llama
+from tests.helpers import VOCAB, random_params, tiny_gpt2, tiny_llama
 
 GEMMA = dict(
     norm_from_zero=True, norm_after=True, scaled_embedding=True, tied_embedding=True, activation="gelu", window=5
 )
+SMALL = dict(vocab_size=VOCAB, max_positions=64)
 CONFIGS: dict[str, ModelConfig] = {
     "gpt2": tiny_gpt2(),
     "llama": tiny_llama(rope=RopeConfig(base=500.0, scaling="llama3", factor=4.0, original_positions=32)),
@@ -35,6 +38,21 @@ CONFIGS: dict[str, ModelConfig] = {
     "gemma3_text": tiny_llama(
         **GEMMA, layers=3, pattern=("local", "local", "global"), qk_norm="head", rope=RopeConfig(local_base=100.0)
     ),
+    "olmo3": tiny_llama(
+        **dict(layers=3, qk_norm="all", norm_before=False, norm_after=True),
+        **dict(window=5, pattern=("local", "local", "global")),
+        rope=RopeConfig(scaling="yarn", factor=4.0, original_positions=16, local_base=10_000.0),
+    ),
+    "mixtral": mixtral("tiny", **SMALL),
+    "qwen3_moe": tiny_llama(
+        layers=3, qk_norm="head", experts=ExpertsConfig(count=4, width=12, first_dense=1, normalise=False)
+    ),
+    "gpt_oss": tiny_llama(
+        **dict(layers=3, window=5, pattern=("local", "global"), activation="swiglu_clamped", attention_bias="qkvo"),
+        **dict(attention_sinks=True, experts=ExpertsConfig(count=4, width=12, bias=True)),
+    ),
+    "deepseek_v3": deepseek("tiny", **SMALL),
+    "mamba2": mamba2(**SMALL, width=16, layers=2, ssm=SsmConfig(state=6, head_dim=4, groups=2, dt_max=0.9)),
 }
 
 
@@ -118,7 +136,7 @@ SETTINGS = {
     "near another": (lambda folder: edit(folder, model_type="lama"), "did you mean 'llama'"),
     "another head": (lambda folder: edit(folder, architectures=["LlamaForSequenceClassification"]), "not supported"),
     "a foreign key": (lambda folder: edit(folder, logit_scale=2.0), "logit_scale=2.0 is not known"),
-    "quantised weights": (lambda folder: edit(folder, quantization_config={"bits": 4}), "quantization_config"),
+    "quantised weights": (lambda folder: edit(folder, quantization_config={"quant_method": "mxfp4"}), "(mxfp4)"),
     "no width": (lambda folder: edit(folder, hidden_size="absent"), "has no hidden_size"),
     "a width that is text": (lambda folder: edit(folder, hidden_size="32"), 'hidden_size="32"'),
     "an unknown activation": (lambda folder: edit(folder, hidden_act="relu2"), "hidden_act"),
@@ -239,10 +257,52 @@ def test_what_is_wrong_with_shards_is_said_in_a_line(case, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_layers_that_predict_further_tokens_are_not_read_and_said(tmp_path, caplog):
+    """DeepSeek-V3's lie behind the last layer; more of them than config.json counts are an error."""
+    _, params, _ = saved(CONFIGS["deepseek_v3"], tmp_path / "out")
+    further = {f"model.layers.3.{name}": np.ones(4, np.float32) for name in ("eh_proj.weight", "enorm.weight")}
+    retie(tmp_path / "out", lambda w: w.update(further))
+    with pytest.raises(UserError, match=r"model\.layers\.3\.eh_proj"):
+        hf.load(tmp_path / "out")
+    edit(tmp_path / "out", num_nextn_predict_layers=1)
+    assert_same(hf.load(tmp_path / "out")[1], params)
+    assert "not read: 2 tensors: layers behind the last, which num_nextn_predict_layers=1 counts" in caplog.text
+
+
+MIXED = {
+    "experts only below": ("qwen3_moe", dict(mlp_only_layers=[2]), "mlp_only_layers=[2]"),
+    "experts in every second layer": ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step=2"),
+    "another gate": ("gpt_oss", dict(swiglu_limit=5.0), "swiglu_limit=5.0"),
+    "another router": ("deepseek_v3", dict(scoring_func="softmax"), 'scoring_func="softmax"'),
+    "biases in latent attention": ("deepseek_v3", dict(attention_bias=True), "attention_bias=true"),
+    "rotary positions of one kind for two": (
+        "gemma3_text",
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        "should have full_attention",
+    ),
+    "experts of another width": ("mixtral", dict(intermediate_size=16), "experts.0.w1.weight has shape"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_what_a_family_does_not_have_is_said_in_a_line(case, tmp_path):
+    family, keys, said = MIXED[case]
+    saved(CONFIGS[family], tmp_path / "out")
+    edit(tmp_path / "out", **keys)
+    with pytest.raises(UserError) as caught:
+        hf.load(tmp_path / "out")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_model_of_no_family_is_not_saved(tmp_path):
     model = make_model(tiny_llama(qk_norm="head", attention_softcap=2.0))
     with pytest.raises(UserError, match=r"no open family .* comes nearest, but for model\.attention_softcap=2\.0"):
         hf.save(model, random_params(model), tmp_path / "out")
+    ssm = SsmConfig(state=6, head_dim=4)
+    hybrid = make_model(mamba2(**SMALL, width=16, layers=2, pattern=("mamba", "global"), ssm=ssm))
+    with pytest.raises(UserError, match="no open family"):
+        hf.save(hybrid, random_params(hybrid), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

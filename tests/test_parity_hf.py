@@ -20,10 +20,13 @@ import pytest
 
 from llmlab.infer.generate import generate
 from llmlab.model import hf
+from llmlab.model.families import FAMILIES
+from llmlab.model.hf_weights import get, places
 from llmlab.model.rope import RopeConfig
+from llmlab.model.routing import BALANCE_LOSS, LOAD
 from llmlab.model.transformer import make_model, unembed
-from llmlab.model.types import Inputs
-from tests.helpers import random_params
+from llmlab.model.types import Inputs, inputs
+from tests.helpers import assert_close, host, random_params
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="`make test-parity` installs it")
@@ -40,6 +43,24 @@ LLAMA3 = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_e
 def rope(theta: float = 500.0, kind: str = "default", **more) -> dict:
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=theta, **more))
 
+
+OLMO3_ROPE = dict(
+    full_attention=dict(
+        rope_type="yarn", rope_theta=500.0, factor=4.0, original_max_position_embeddings=16, attention_factor=1.1
+    ),
+    sliding_attention=dict(rope_type="default", rope_theta=500.0),
+)
+MIXTURE = dict(moe_intermediate_size=20, num_experts_per_tok=3)
+DEEPSEEK: dict = dict(
+    **MIXTURE,
+    **GROUPED | dict(num_key_value_heads=4),
+    **dict(n_routed_experts=8, n_shared_experts=2, n_group=4, topk_group=2, first_k_dense_replace=1),
+    **dict(kv_lora_rank=12, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=10),
+)
+MAMBA = dict(
+    **dict(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_heads=12, head_dim=8, state_size=6, chunk_size=8),
+    **dict(pad_token_id=0, eos_token_id=None, bos_token_id=None, layer_norm_epsilon=1e-3),
+)
 
 # Model of transformers -> its settings.
 MODELS = {
@@ -97,6 +118,41 @@ MODELS = {
             ),
         ),
     ),
+    "olmo3": ("Olmo3", SHAPE | GROUPED | dict(sliding_window=WINDOW, rope_parameters=OLMO3_ROPE)),
+    "mixtral": ("Mixtral", SHAPE | GROUPED | rope() | dict(num_local_experts=6)),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        SHAPE | GROUPED | HEAD | MIXTURE | rope() | dict(num_experts=6, norm_topk_prob=True, mlp_only_layers=[0]),
+    ),
+    "qwen3 moe, weights as they are, window": (
+        "Qwen3Moe",
+        SHAPE | GROUPED | HEAD | MIXTURE | rope() | dict(num_experts=6, use_sliding_window=True, sliding_window=WINDOW),
+    ),
+    "gpt-oss": (
+        "GptOss",
+        SHAPE
+        | GROUPED
+        | HEAD
+        | dict(num_local_experts=6, num_experts_per_tok=2, sliding_window=WINDOW)
+        | rope(
+            *(500.0, "yarn"),
+            **dict(factor=8.0, beta_fast=4.0, beta_slow=0.5, truncate=False, original_max_position_embeddings=32),
+        ),
+    ),
+    "deepseek": ("DeepseekV3", SHAPE | DEEPSEEK | rope() | dict(q_lora_rank=14)),
+    "deepseek yarn, pairs by halves": (
+        "DeepseekV3",
+        SHAPE
+        | DEEPSEEK
+        | dict(q_lora_rank=None, rope_interleave=False)
+        | rope(
+            *(500.0, "yarn"),
+            **dict(factor=40.0, original_max_position_embeddings=16, beta_fast=8, beta_slow=1),
+            **dict(mscale=1.0, mscale_all_dim=0.7),
+        ),
+    ),
+    "mamba2": ("Mamba2", MAMBA | dict(n_groups=2, time_step_limit=(0.4, 0.9), use_bias=True, tie_word_embeddings=True)),
+    "mamba2 without biases": ("Mamba2", MAMBA | dict(n_groups=4, conv_kernel=3, use_conv_bias=False)),
 }
 CLASSES = {"GPT2": ("GPT2Config", "GPT2LMHeadModel"), "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
 
@@ -114,6 +170,9 @@ def theirs(name: str):
         weight.data = base + spread * torch.randn_like(weight)
         if "embed" in weight_name or "wte" in weight_name:
             weight.data /= 2.0 if "Gemma" in family else 1.5
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn_like(buffer))
     return model
 
 
@@ -180,8 +239,52 @@ def test_sixteen_tokens_through_the_cache(name, root):
     assert (logits_BTV.max(-1) - chosen_BT).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama 3", "gemma2", "gpt-oss", "mamba2", "mamba2 without biases"])
+def test_every_gradient_is_theirs(name, root):
+    folder, tokens_BT, _, _ = saved(name, root)
+    model, params = hf.load(folder)
+    weights_BTV = np.random.default_rng(1).standard_normal((*tokens_BT.shape, VOCAB)).astype(np.float32)
+
+    def loss(params):
+        return jnp.sum(model.logits(params, jnp.asarray(tokens_BT, jnp.int32)) * weights_BTV)
+
+    gradients = host(jax.jit(jax.grad(loss))(params))
+    _, family = hf.read_config(folder)
+    mine = {
+        name: place.rule.joined([get(gradients, path)[index] for path, index, _ in place.leaves])
+        for name, place in places(model, family.weights).items()
+    }
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    (torch_model(torch.tensor(tokens_BT)).logits * torch.tensor(weights_BTV)).sum().backward()
+    their = {name: weight.grad.numpy() for name, weight in torch_model.named_parameters()}
+    assert_close({name: mine[name] for name in their}, their, 2e-4)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "gpt-oss", "deepseek"])
+def test_every_expert_has_a_part(name, root):
+    """None could be wrong unseen."""
+    folder, tokens_BT, *_ = saved(name, root)
+    model, params = hf.load(folder)
+    out = jax.jit(model.apply)(params, inputs(jnp.asarray(tokens_BT, jnp.int32)))
+    assert (np.asarray(out.aux[LOAD].sum) > 0).all()
+
+
+def test_the_loss_of_balance_is_mixtrals_in_each_layer(root):
+    """transformers adds up the counts of all layers first: compared on a layer, the formula is the same."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    folder, tokens_BT, *_ = saved("mixtral", root)
+    model, params = hf.load(folder)
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = torch_model(torch.tensor(tokens_BT), output_router_logits=True).router_logits
+    their = [float(load_balancing_loss_func((layer,), 6, 2)) for layer in logits]
+    mine = jax.jit(model.apply)(params, inputs(jnp.asarray(tokens_BT, jnp.int32))).aux[BALANCE_LOSS]
+    assert mine.value() == pytest.approx(np.mean(their), rel=1e-4)
+
+
 # What the old spelling does not say is what the family usually has.
-@pytest.mark.parametrize("name", [name for name in MODELS if "gpt2" not in name])
+@pytest.mark.parametrize("name", [name for name in MODELS if "gpt2" not in name and "mamba" not in name])
 def test_the_older_spelling_means_the_same(name, root, tmp_path):
     folder, *_ = saved(name, root)
     keys = json.loads(pathlib.Path(folder, "config.json").read_text())
@@ -201,10 +304,13 @@ def test_the_older_spelling_means_the_same(name, root, tmp_path):
 
 
 def changed(config, **fields):
-    """The config with these fields, those of `rope` by `rope_…`."""
-    ropes = {key.removeprefix("rope_"): value for key, value in fields.items() if key.startswith("rope_")}
-    rest = {key: value for key, value in fields.items() if not key.startswith("rope_")}
-    return dataclasses.replace(config, **rest, rope=dataclasses.replace(config.rope, **ropes))
+    """The config with these fields, those of a section by its name: `rope_…`, `experts_…`, `latent_…`, `ssm_…`."""
+    for name, value in fields.items():
+        section, _, field = name.partition("_")
+        if section in ("rope", "experts", "latent", "ssm"):
+            name, value = section, dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{name: value})
+    return config
 
 
 WRONG = {
@@ -281,6 +387,53 @@ WRONG = {
         dict(qk_norm="none"),
         dict(logit_softcap=5.0),
     ],
+    "olmo3": [dict(rope_local_base=0.0), dict(rope_magnitude=1.0), dict(window=WINDOW + 1), dict(pattern=("local",))],
+    "mixtral": [
+        dict(experts_chosen=3),
+        dict(experts_normalise=False),
+        dict(experts_score="sigmoid"),
+        dict(experts_scale=1.1),
+        dict(norm_epsilon=1e-3),
+    ],
+    "qwen3 moe": [dict(experts_normalise=False), dict(experts_chosen=2), dict(qk_norm="none")],
+    "qwen3 moe, weights as they are, window": [dict(experts_normalise=True), dict(window=WINDOW + 1)],
+    "gpt-oss": [
+        dict(attention_sinks=False),
+        dict(activation="silu"),
+        dict(experts_bias=False),
+        dict(experts_normalise=False),
+        dict(window=WINDOW + 1),
+        dict(pattern=("global", "local")),
+        dict(rope_truncate=True),
+        dict(rope_magnitude=1.0),
+        dict(attention_bias="qkv"),
+    ],
+    "deepseek": [
+        dict(rope_interleaved=False),
+        dict(experts_score="softmax"),
+        dict(experts_chosen_groups=1, experts_groups=1),
+        dict(experts_chosen_groups=3),
+        dict(experts_correction=False),
+        dict(experts_scale=1.0),
+        dict(experts_normalise=False),
+        dict(experts_chosen=2),
+        dict(rope_base=400.0),
+    ],
+    "deepseek yarn, pairs by halves": [
+        dict(rope_interleaved=True),
+        dict(attention_scale=0.0),
+        dict(rope_magnitude=0.0),
+        dict(rope_factor=30.0),
+    ],
+    "mamba2": [
+        dict(ssm_dt_min=0.0),
+        dict(ssm_dt_max=None),
+        dict(ssm_groups=1),
+        dict(ssm_norm=False),
+        dict(ssm_bias=False),
+        dict(norm_epsilon=1e-5),
+        dict(ssm_conv_bias=False),
+    ],
 }
 CASES = [(name, wrong) for name, settings in WRONG.items() for wrong in settings]
 
@@ -337,3 +490,20 @@ def test_rope_frequencies_are_theirs():
         mine, my_magnitude = frequencies(ours, 128)
         np.testing.assert_allclose(mine, wanted.double().numpy(), rtol=1e-5)
         assert my_magnitude == pytest.approx(magnitude)
+
+
+# Settings that a config.json may leave out are those that transformers assumes then.
+WHOLE = {"gpt2": "GPT2Config", "gemma3_text": "Gemma3TextConfig"}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+GIVEN = (*NEEDED, "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions", "num_key_value_heads")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(family, tmp_path):
+    usual = family.architecture.replace("ForCausalLM", "Config")
+    getattr(transformers, WHOLE.get(family.model_type, usual))().save_pretrained(tmp_path)
+    keys = json.loads((tmp_path / "config.json").read_text())
+    whole, _ = hf.read_config(tmp_path)
+    few = {name: value for name, value in keys.items() if name in GIVEN} | {"model_type": family.model_type}
+    (tmp_path / "config.json").write_text(json.dumps(few))
+    assert hf.identity(hf.read_config(tmp_path)[0]) == hf.identity(whole)

@@ -22,13 +22,15 @@ from llmlab.core.mesh import Partition, fetch
 from llmlab.core.paths import check_free, new_folder, write_atomic
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.data.tokenizer_imported import export_tokenizer
-from llmlab.model.config import ModelConfig
+from llmlab.model.config import LatentConfig, ModelConfig
 from llmlab.model.cost import abstract_params
 from llmlab.model.families import FAMILIES, Family
-from llmlab.model.hf_config import Keys
+from llmlab.model.hf_config import USUAL, Keys, assembled
 from llmlab.model.hf_files import Tensors, read_json, write_tensors
 from llmlab.model.hf_weights import Place, get, places
 from llmlab.model.rope import RopeConfig
+from llmlab.model.routing import ExpertsConfig
+from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
 
@@ -37,6 +39,12 @@ log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16", "float64"]
 # How a model runs and how it was initialised: no part of what it is.
 _RUNNING = ("dtype", "param_dtype", "scan", "remat", "attention", "initializer", "init_std")
+_RECURRING = ("expand", "chunk", "implementation", "dt_init_min", "dt_init_max", "dt_init_floor")
+# What a model without attention has no use for.
+_ATTENDING = (
+    *("heads", "kv_heads", "head_dim", "max_positions", "positions", "rope", "qk_norm", "attention_bias"),
+    *("attention_scale", "attention_softcap", "attention_sinks", "latent", "activation", "gated"),
+)
 
 
 def load(
@@ -63,6 +71,12 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
     """The settings in a folder's config.json, and whose they are."""
     keys = read_json(Path(folder) / "config.json")
     family = family_of(keys)
+    if packed := keys.get("quantization_config"):
+        method = packed.get("quant_method", "in a way of their own") if isinstance(packed, dict) else packed
+        raise UserError(
+            f"{folder}: its weights are quantised ({method}), which is not read: load them dequantised with "
+            "transformers and save that"
+        )
     reader = Keys(keys)
     fields = _fields(family, reader)
     if unread := reader.unread():
@@ -72,7 +86,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
         )
     named = keys.get("dtype") or keys.get("torch_dtype")
     dtype: DType = "bfloat16" if named == "bfloat16" else "float64" if named == "float64" else "float32"
-    return ModelConfig(**fields, dtype=dtype, param_dtype=dtype), family
+    return assembled(fields | {"dtype": dtype, "param_dtype": dtype}), family
 
 
 def family_of(keys: dict[str, Any]) -> Family:
@@ -103,11 +117,10 @@ def load_weights(folder: Path, family: Family, model: Model) -> Params:
     tensors, wanted = Tensors(folder), places(model, family.weights)
     named = _with_prefix(tensors.names, wanted)
     tied = {"lm_head.weight"} if model.config.tied_embedding else set()
-    unused = {
-        name: reason for name in named for pattern, reason in family.unused.items() if re.fullmatch(pattern, name)
-    }
+    unused = {name: reason for name in named if (reason := _why_unused(name, family, folder, model.config.layers))}
     for reason in sorted(set(unused.values())):
-        log.warning("%s: not read: %s", folder, reason)
+        count = sum(why == reason for why in unused.values())
+        log.warning("%s: not read: %d tensor%s: %s", folder, count, "s" * (count > 1), reason)
     if missing := [name for name in wanted if name not in named]:
         raise UserError(f"{folder} has no weight {missing[0]} ({len(missing)} of {len(wanted)} are missing)")
     if unknown := sorted(set(named) - set(wanted) - set(unused) - tied):
@@ -121,6 +134,19 @@ def load_weights(folder: Path, family: Family, model: Model) -> Params:
         for (path, index, _), part in zip(place.leaves, parts, strict=True):
             _put(params, model, path, index, part)
     return params
+
+
+def _why_unused(name: str, family: Family, folder: Path, layers: int) -> str:
+    """What a tensor is that inference does not use; "" for any other."""
+    for pattern, reason in family.unused.items():
+        if re.fullmatch(pattern, name):
+            return reason
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if family.extra_layers and layer:
+        extra = read_json(folder / "config.json").get(family.extra_layers) or 0
+        if layers <= int(layer[1]) < layers + extra:
+            return f"layers behind the last, which {family.extra_layers}={extra} counts: they predict further tokens"
+    return ""
 
 
 def save(
@@ -167,7 +193,7 @@ def config_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         try:
             for part in family.config:
                 keys |= part.write(config)
-            found = identity(ModelConfig(**_fields(family, Keys(keys))))
+            found = identity(assembled(_fields(family, Keys(keys))))
         except UserError as error:
             differences[family.model_type] = [str(error)] * len(wanted)
             continue
@@ -184,18 +210,35 @@ def config_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
 
 def identity(config: ModelConfig) -> dict[str, Any]:
     """What a model is, spelt out: defaults resolved, settings without effect set aside."""
-    local = "local" in config.pattern
+    local, latent, mamba = "local" in config.pattern, config.latent.kv_rank > 0, "mamba" in config.pattern
+    experts, ssm = ExpertsConfig(), SsmConfig()
+    if config.experts.count:
+        # What routes and weighs; the losses and the speed of balance are of training.
+        experts = dataclasses.replace(
+            config.experts, width=config.expert_width, balance_loss=0.0, z_loss=0.0, correction_speed=0.0
+        )
+    if mamba:
+        ssm = dataclasses.replace(
+            config.ssm, heads=config.ssm_heads, **{name: getattr(ssm, name) for name in _RECURRING}
+        )
+    dense = any(config.has_mlp(config.kind(layer)) and not config.has_experts(layer) for layer in range(config.layers))
     spelt = dataclasses.replace(
         config,
         kv_heads=config.K,
-        head_dim=config.H,
-        mlp_width=config.F,
+        head_dim=0 if latent else config.H,
+        mlp_width=config.F if dense else 0,
         window=config.window if local else None,
-        attention_scale=config.attention_scale or config.H**-0.5,
+        attention_scale=float(f"{config.attention_scale or config.H**-0.5:.9g}"),
         attention_bias="none" if config.bias else config.attention_bias,
         pattern=tuple(config.kind(layer) for layer in range(config.layers)),
         rope=_effective_rope(config),
+        experts=experts,
+        latent=config.latent if latent else LatentConfig(),
+        ssm=ssm,
     )
+    if not config.attends:
+        usual = {name: getattr(USUAL, name) for name in _ATTENDING}
+        spelt = dataclasses.replace(spelt, **usual)
     return {field.name: getattr(spelt, field.name) for field in dataclasses.fields(spelt) if field.name not in _RUNNING}
 
 
@@ -256,4 +299,4 @@ def _written(stack: jax.Array, piece: jax.Array, index: jax.Array, dims: int) ->
 
 def _theirs(params: Params, place: Place) -> np.ndarray:
     leaves = [fetch(get(params, path)[index] if index else get(params, path)) for path, index, _ in place.leaves]
-    return place.rule.join(leaves)
+    return place.rule.joined(leaves)

@@ -4,9 +4,12 @@ Each part reads some keys and gives some settings, and writes the same keys from
 has read is an error, unless it is known to change no logit.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from llmlab.core.errors import UserError, nearest
@@ -25,7 +28,10 @@ IGNORED = {
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "tokenizer_class"),
     *("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
     *("summary_proj_to_labels", "reorder_and_upcast_attn", "use_bfloat16", "is_decoder", "tie_encoder_decoder"),
+    *("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size"),
 }
+
+USUAL = ModelConfig()
 
 
 class Keys:
@@ -50,31 +56,47 @@ class Part(Protocol):
     """Some keys of a config.json, and the settings that they are."""
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        """Fields of ModelConfig."""
+        """Fields of ModelConfig; those of one of its sections by their dotted names, such as "experts.count"."""
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Keys of config.json."""
 
 
+def assembled(fields: Mapping[str, Any]) -> ModelConfig:
+    """The config of these fields, of which the dotted ones belong to a section."""
+    whole = {name: value for name, value in fields.items() if "." not in name}
+    for section in {name.partition(".")[0] for name in fields if "." in name}:
+        inside = {name.partition(".")[2]: fields[name] for name in fields if name.startswith(f"{section}.")}
+        whole[section] = dataclasses.replace(whole.get(section, getattr(USUAL, section)), **inside)
+    return ModelConfig(**whole)
+
+
 class Same(NamedTuple):
-    """A key that is a setting. null reads as the setting's own default; `resolved` is the property that is written."""
+    """A key that is a setting. null reads as the setting's own default.
+
+    resolved: the property that is written. also: another name that the key may have. null_for_0: how 0 is written.
+    """
 
     theirs: str
     ours: str
     default: Any = REQUIRED
     resolved: str = ""
+    also: str = ""
+    null_for_0: bool = False
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        value = keys.take(self.theirs, self.default)
-        usual = getattr(ModelConfig, self.ours)
+        value = keys.take(self.also, None) if self.also else None
+        value = keys.take(self.theirs, self.default if value is None else value)
+        usual = attrgetter(self.ours)(USUAL)
         if value is None:
-            return {self.ours: None if "None" in str(ModelConfig.__annotations__[self.ours]) else usual}
+            return {self.ours: usual}
         if isinstance(value, str) or isinstance(value, bool) != isinstance(usual, bool):
             raise UserError(f"config.json: {self.theirs}={json.dumps(value)} is no value of its kind")
         return {self.ours: float(value) if isinstance(usual, float) else value}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {self.theirs: getattr(config, self.resolved or self.ours)}
+        value = attrgetter(self.resolved or self.ours)(config)
+        return {self.theirs: None if self.null_for_0 and not value else value}
 
 
 class Choice(NamedTuple):
@@ -93,7 +115,7 @@ class Choice(NamedTuple):
         return {self.ours: self.words[value]}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        wanted = getattr(config, self.ours)
+        wanted = attrgetter(self.ours)(config)
         for word, meaning in self.words.items():
             if meaning == wanted:
                 return {self.theirs: word}
@@ -125,6 +147,20 @@ class Ours(NamedTuple):
 
     def read(self, keys: Keys) -> dict[str, Any]:
         return self.settings
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {}
+
+
+class Unused(NamedTuple):
+    """Keys that say again what others say, or that no logit depends on in this family."""
+
+    names: tuple[str, ...]
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        for name in self.names:
+            keys.take(name, None)
+        return {}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         return {}
@@ -166,14 +202,16 @@ class Pattern(NamedTuple):
     """layer_types and sliding_window. `usual(layer, keys)` is a layer's kind where layer_types is not there.
 
     `listed`: whether the family's config has layer_types, or all layers are of one kind. `also`: what `usual` reads.
+    `window`: what sliding_window is where it is not there.
     """
 
     usual: Callable[[int, Keys], str]
     listed: bool = True
     also: tuple[str, ...] = ()
+    window: int | None = 4096
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        layers, window = keys.take("num_hidden_layers"), keys.take("sliding_window", 4096)
+        layers, window = keys.take("num_hidden_layers"), keys.take("sliding_window", self.window)
         types = keys.take("layer_types", None) if self.listed else None
         for name in self.also:
             keys.take(name, None)
@@ -190,6 +228,8 @@ class Pattern(NamedTuple):
     def write(self, config: ModelConfig) -> dict[str, Any]:
         kinds = [config.kind(layer) for layer in range(config.layers)]
         theirs = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+        if foreign := [kind for kind in kinds if kind not in theirs]:
+            raise UserError(f"model.pattern has {foreign[0]} layers, which layer_types has no word for")
         window = {"sliding_window": config.window if "local" in kinds else None}
         return window | ({"layer_types": [theirs[kind] for kind in kinds]} if self.listed else {})
 
@@ -205,25 +245,32 @@ def shortest_period(kinds: list[str]) -> tuple[str, ...]:
 class Rope(NamedTuple):
     """Rotary positions, spelt rope_parameters or, before transformers 5, rope_theta and rope_scaling.
 
-    by_kind: local layers have parameters of their own, unscaled (Gemma 3).
+    scaling: what rope_scaling is where config.json has none of it.
+    by_kind: local layers have parameters of their own, unscaled; `local_base` is theirs where config.json does not say,
+      0 the base of the others (OLMo 3).
     """
 
     base: float = 10_000.0
+    scaling: Mapping[str, Any] = MappingProxyType({})
     by_kind: bool = False
     local_base: float = 10_000.0
 
     def read(self, keys: Keys) -> dict[str, Any]:
         given = keys.take("rope_parameters", None)
         old, scaling = keys.take("rope_theta", None), keys.take("rope_scaling", None)
-        positions, local = keys.take("max_position_embeddings"), 0.0
-        if self.by_kind:
-            old_local = keys.take("rope_local_base_freq", self.local_base)
-            given, local_given = (given or {}).get("full_attention"), (given or {}).get("sliding_attention") or {}
-            local = float(local_given.get("rope_theta", old_local))
+        positions = keys.take("max_position_embeddings")
+        local_given: Mapping[str, Any] = {}
+        local = keys.take("rope_local_base_freq", self.local_base) if self.by_kind else 0.0
+        if self.by_kind and given:
+            if "full_attention" not in given:
+                raise UserError("config.json: rope_parameters should have full_attention and sliding_attention")
+            given, local_given = given["full_attention"], given.get("sliding_attention") or {}
             if local_given.get("rope_type", "default") != "default":
                 raise UserError("config.json: rope_parameters.sliding_attention with scaling is not supported")
-        given = dict(given or scaling or {})
+        given = dict(given or scaling or self.scaling)
         base = float(given.pop("rope_theta", None) or old or self.base)
+        if self.by_kind:
+            local = float(local_given.get("rope_theta", local) or base)
         rope = read_scaling(given, base, positions)
         return {"rope": RopeConfig(**rope, local_base=local), "max_positions": positions}
 
@@ -233,6 +280,28 @@ class Rope(NamedTuple):
             local = {"rope_type": "default", "rope_theta": config.rope.local_base or config.rope.base}
             rope = {"full_attention": rope, "sliding_attention": local}
         return {"rope_parameters": rope, "max_position_embeddings": config.max_positions}
+
+
+class LatentRope(NamedTuple):
+    """Rotary positions of DeepSeek-V3: with YaRN's mscale_all_dim, all scores grow by the square of its magnitude."""
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        fields = Rope().read(keys)
+        given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
+        weight = given.get("mscale_all_dim") or 0.0
+        if not weight or fields["rope"].scaling == "none":
+            return fields
+        H = keys.take("qk_nope_head_dim") + keys.take("qk_rope_head_dim")
+        return fields | {"attention_scale": H**-0.5 * yarn_magnitude(fields["rope"].factor, weight) ** 2}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        keys = Rope().write(config)
+        growth = math.sqrt((config.attention_scale or config.H**-0.5) * config.H**0.5)
+        if not math.isclose(growth, 1):
+            if config.rope.factor <= 1:
+                raise UserError("attention_scale has no spelling in config.json without model.rope.scaling")
+            keys["rope_parameters"]["mscale_all_dim"] = round((growth - 1) / (0.1 * math.log(config.rope.factor)), 9)
+        return keys
 
 
 YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate", "attention_factor": "magnitude"}

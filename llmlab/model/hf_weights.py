@@ -7,7 +7,7 @@ serves a family's variants.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,36 +25,61 @@ class Rule(NamedTuple):
 
     theirs: its name. ours: paths of leaves, below their layer where `theirs` has one.
     turned: theirs is [out, in], as torch.nn.Linear has it, where ours is [in…, out…]; else both read the same way.
-    dims_in: how many of our leaf's dimensions are `in`; 0 for a bias. Several leaves lie side by side along `out`.
+    dims_in: how many of our leaf's dimensions are `in`; 0 for a bias.
+    join: how several leaves make one: side by side along `out`; side by side in each head; or alternating, number by
+      number.
+    stacked: how many leading dimensions, such as that of the experts, both have and keep.
+    depthwise: theirs is a depthwise torch.nn.Conv1d's [out, 1, in].
     """
 
     theirs: str
     ours: tuple[str, ...]
     turned: bool = False
     dims_in: int = 1
+    join: Literal["beside", "in_head", "alternating"] = "beside"
+    stacked: int = 0
+    depthwise: bool = False
 
     def shape(self, shapes: list[Shape]) -> Shape:
         """The tensor's shape, given those of one layer of our leaves."""
         flat = [self._flat(shape) for shape in shapes]
-        joined = (*flat[0][:-1], sum(shape[-1] for shape in flat))
-        return joined[::-1] if self.turned else joined
+        *rest, last = (*flat[0][:-1], sum(shape[-1] for shape in flat))
+        if not self.turned:
+            return (*rest, last)
+        return (*rest[:-1], last, *(1,) * self.depthwise, rest[-1])
 
     def split(self, x: np.ndarray, shapes: list[Shape]) -> list[np.ndarray]:
         """Our leaves, as views of their tensor where that can be."""
-        x = x.T if self.turned else x
-        ends = np.cumsum([self._flat(shape)[-1] for shape in shapes])[:-1]
-        return [part.reshape(shape) for part, shape in zip(np.split(x, ends, axis=-1), shapes, strict=True)]
+        x = x[:, 0] if self.depthwise else x
+        x = np.swapaxes(x, -1, -2) if self.turned else x
+        if self.join == "alternating":
+            parts = [x[..., i :: len(shapes)] for i in range(len(shapes))]
+        else:
+            in_head = self.join == "in_head"
+            sizes = [(shape if in_head else self._flat(shape))[-1] for shape in shapes]
+            x = x.reshape(*shapes[0][:-1], sum(sizes)) if in_head else x
+            parts = np.split(x, np.cumsum(sizes)[:-1], axis=-1)
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def join(self, leaves: list[np.ndarray]) -> np.ndarray:
+    def joined(self, leaves: list[np.ndarray]) -> np.ndarray:
         """Their tensor from our leaves."""
-        flat = np.concatenate([leaf.reshape(self._flat(leaf.shape)) for leaf in leaves], axis=-1)
-        return np.ascontiguousarray(flat.T if self.turned else flat)
+        if self.join == "alternating":
+            x = np.stack([leaf.reshape(self._flat(leaf.shape)) for leaf in leaves], axis=-1)
+            x = x.reshape(*x.shape[:-2], -1)
+        elif self.join == "in_head":
+            x = np.concatenate(leaves, axis=-1)
+            x = x.reshape(self._flat(x.shape))
+        else:
+            x = np.concatenate([leaf.reshape(self._flat(leaf.shape)) for leaf in leaves], axis=-1)
+        x = np.swapaxes(x, -1, -2) if self.turned else x
+        return np.ascontiguousarray(x[:, None] if self.depthwise else x)
 
     def _flat(self, shape: Shape) -> Shape:
-        """[in, out]; a vector is all `out`."""
+        """[…, in, out] after what is stacked; a vector is all `out`."""
+        stacked, shape = shape[: self.stacked], shape[self.stacked :]
         if len(shape) == 1 or not self.dims_in:
-            return (math.prod(shape),)
-        return math.prod(shape[: self.dims_in]), math.prod(shape[self.dims_in :])
+            return (*stacked, math.prod(shape))
+        return (*stacked, math.prod(shape[: self.dims_in]), math.prod(shape[self.dims_in :]))
 
 
 class Place(NamedTuple):
@@ -123,11 +148,13 @@ def _instances(
             yield rule.theirs.format(layer=layer), tuple((path, index, shapes[path][1:]) for path in paths)
 
 
-def linear(theirs: str, *ours: str, dims_in: int = 1, turned: bool = True) -> tuple[Rule, Rule]:
+def linear(
+    theirs: str, *ours: str, dims_in: int = 1, turned: bool = True, join: Literal["beside", "in_head"] = "beside"
+) -> tuple[Rule, Rule]:
     """The weight and, where the model has one, the bias of a linear layer; several of ours in one of theirs."""
     return (
-        Rule(f"{theirs}.weight", ours, turned, dims_in),
-        Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), dims_in=0),
+        Rule(f"{theirs}.weight", ours, turned, dims_in, join),
+        Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), dims_in=0, join=join),
     )
 
 

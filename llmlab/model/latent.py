@@ -44,12 +44,11 @@ class LatentAttention(Attention):
         latent_BTR, turned_BTH = self.linears(x_BTD, down)
         new = {
             "latent_B1SR": self._norm("latent_norm")(latent_BTR)[:, :, None],
-            "turned_key_B1SH": rotate(turned_BTH[:, :, None], rotary),
+            "turned_key_B1SH": rotate(turned_BTH[:, :, None], rotary, c.rope.interleaved),
         }
         q_BTNH = self._queries(x_BTD)
-        q_BTNH = jnp.concatenate(
-            [q_BTNH[..., : latent.nope_dim], rotate(q_BTNH[..., latent.nope_dim :], rotary)], axis=-1
-        )
+        turned_BTNH = rotate(q_BTNH[..., latent.nope_dim :], rotary, c.rope.interleaved)
+        q_BTNH = jnp.concatenate([q_BTNH[..., : latent.nope_dim], turned_BTNH], axis=-1)
         q_BTNH = self.constrain(q_BTNH, "batch", "time", "act_heads", None)
         seen, cache = caches.seen_with(new, inputs.positions_BT, inputs.segment_ids_BT, lengths_B, cache, self.window)
         k_BSNH, v_BSNH = self._keys_and_values(seen.kept["latent_B1SR"][:, :, 0], seen.kept["turned_key_B1SH"])

@@ -57,7 +57,7 @@ class Attention(Layer):
         if c.qk_norm != "none":
             q_BTNH, k_BTKH = self._normed(q_BTNH, "query_norm"), self._normed(k_BTKH, "key_norm")
         if rotary is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, rotary), rotate(k_BTKH, rotary)
+            q_BTNH, k_BTKH = (rotate(x, rotary, c.rope.interleaved) for x in (q_BTNH, k_BTKH))
         q_BTNH = self.constrain(q_BTNH, "batch", "time", "act_heads", None)
         # Every query may look at any key: with time sharded, keys and values are gathered here.
         k_BSKH = self.constrain(k_BTKH, "batch", None, "act_heads", None)

@@ -27,6 +27,7 @@ class RopeConfig:
     truncate: yarn's ramp begins and ends at whole pairs.
     magnitude: multiplies queries and keys together with the rotation; 0 means 0.1·ln(factor) + 1 in yarn, 1 elsewhere.
     local_base: the base in local layers, unscaled (Gemma 3); 0 means that they turn as the global ones do.
+    interleaved: pair i of a head is (2i, 2i + 1), as in the paper and DeepSeek's releases, and not (i, i + H/2).
     """
 
     base: float = 10_000.0
@@ -40,6 +41,7 @@ class RopeConfig:
     low_frequency: float = 1.0
     high_frequency: float = 4.0
     local_base: float = 0.0
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         if self.base <= 1 or self.local_base < 0:
@@ -57,7 +59,7 @@ class RopeConfig:
     @property
     def local(self) -> "RopeConfig":
         """What local layers turn by."""
-        return RopeConfig(base=self.local_base) if self.local_base else self
+        return RopeConfig(base=self.local_base, interleaved=self.interleaved) if self.local_base else self
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -104,12 +106,16 @@ def rotary_angles(positions_BT: jax.Array, config: RopeConfig, head_dim: int, dt
     return jax.lax.platform_dependent(cpu=branch, default=turned)
 
 
-def rotate(x_BTNH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Each head's halves turned against each other by the angles: pair i is (i, i + H/2), as in Llama's releases."""
-    sin_BT1I, cos_BT1I = rotary
-    first, second = jnp.split(x_BTNH.astype(sin_BT1I.dtype), 2, axis=-1)
+def rotate(x_BTNH: jax.Array, rotary: Rotary, interleaved: bool) -> jax.Array:
+    """Each head's pairs turned by the angles; what comes out has them as (i, i + H/2), whichever way they came in."""
+    (sin_BT1I, cos_BT1I), dtype = rotary, x_BTNH.dtype
+    x_BTNH = x_BTNH.astype(sin_BT1I.dtype)
+    if interleaved:
+        first, second = x_BTNH[..., 0::2], x_BTNH[..., 1::2]
+    else:
+        first, second = jnp.split(x_BTNH, 2, axis=-1)
     turned = [first * cos_BT1I - second * sin_BT1I, second * cos_BT1I + first * sin_BT1I]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(turned, axis=-1).astype(dtype)
 
 
 def _between(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
