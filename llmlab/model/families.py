@@ -20,6 +20,7 @@ from llmlab.model.family_weights import (
     MAMBA2_WEIGHTS,
     MIXTRAL_WEIGHTS,
     OLMO2_WEIGHTS,
+    PHI3_WEIGHTS,
     QWEN3_MOE_WEIGHTS,
 )
 from llmlab.model.hf_config import (
@@ -236,6 +237,18 @@ FAMILIES = (
             Ours(dict(qk_norm="all", norm_before=False, norm_after=True)),
         ),
         OLMO2_WEIGHTS,
+        ROTARY_BUFFERS,
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        (
+            *_shape(epsilon=1e-5),
+            Rope(),
+            Pattern(lambda layer, keys: "local", listed=False, window=None),
+            Unused(("original_max_position_embeddings",)),
+        ),
+        PHI3_WEIGHTS,
         ROTARY_BUFFERS,
     ),
     Family(

@@ -42,6 +42,17 @@ PRE_NORMS = _norms(attention_norm="input_layernorm", mlp_norm="post_attention_la
 LLAMA_WEIGHTS = (*ENDS, *PRE_NORMS, *ATTENTION, *MLP)
 MIXTRAL_WEIGHTS = (*ENDS, *PRE_NORMS, *ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2"))
 QWEN3_MOE_WEIGHTS = (*ENDS, *PRE_NORMS, *ATTENTION, *MLP, *_experts("mlp"))
+PHI3_WEIGHTS = (
+    *ENDS,
+    *PRE_NORMS,
+    *linear(
+        "model.layers.{layer}.self_attn.qkv_proj",
+        *("attention.query_DNH", "attention.key_DKH", "attention.value_DKH"),
+    ),
+    *linear("model.layers.{layer}.self_attn.o_proj", "attention.out_NHD", dims_in=2),
+    *linear("model.layers.{layer}.mlp.gate_up_proj", "mlp.gate_DF", "mlp.up_DF"),
+    *linear("model.layers.{layer}.mlp.down_proj", "mlp.down_FD"),
+)
 GPT_OSS_WEIGHTS = (
     *ENDS,
     *PRE_NORMS,
