@@ -46,6 +46,7 @@ $(INSTALLED): requirements.lock setup.cfg pyproject.toml
 $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check 'transformers>=5,<6'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'peft>=0.17,<1'
 	touch $@
 
 clean:

@@ -270,7 +270,7 @@ def _sweep(flags: FlagValues, rest: list[str]) -> None:
         )
 
 
-# --- sample, eval, report, tokenize ----------------------------------------------------------------------------------
+# --- sample, eval, quantise, report, tokenize ------------------------------------------------------------------------
 
 
 def _define_sample(flags: FlagValues, argv: list[str]) -> None:
@@ -346,6 +346,30 @@ def _eval(flags: FlagValues, rest: list[str]) -> None:
         from llmlab.report.run_page import write_report
 
         print(f"report   {write_report(workdir)}")
+
+
+def _define_quantise(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run whose weights to quantise.")
+    f.DEFINE_integer("bits", 4, "Of a quantised weight: 8 or 4.", flag_values=flags)
+    f.DEFINE_integer("group", 0, "Inputs that share a scale; 0 is all with 8 bits, 32 with 4.", flag_values=flags)
+    f.DEFINE_string("include", "", "Matrices whose path has this pattern; by default all of layers.", flag_values=flags)
+    f.DEFINE_integer("rows", 16, "Rows of text to compare on.", flag_values=flags)
+    f.DEFINE_string("source", "", "Other text than the run's held-out part: text, jsonl, python …", flag_values=flags)
+    f.DEFINE_list("files", [], "Its files or patterns.", flag_values=flags)
+
+
+def _quantise(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
+    _start_jax()
+    import llmlab
+    from llmlab.eval.command import EvalConfig
+    from llmlab.eval.quantisation import quantise_command
+    from llmlab.model.matrices import OF_LAYERS
+    from llmlab.model.quantise import QuantiseConfig
+
+    config = QuantiseConfig(flags.bits, flags.group, flags.include or OF_LAYERS)
+    on = EvalConfig(source=flags.source, files=tuple(flags.files), batch_size=flags.rows)
+    quantise_command(llmlab.open(required(flags, "workdir")), config, on)
 
 
 def _define_report(flags: FlagValues, argv: list[str]) -> None:
@@ -460,6 +484,16 @@ VERBS: dict[str, Verb] = {
         "Exits with 76 when something is wrong.",
         _define_check,
         _check,
+    ),
+    "quantise": Verb(
+        "what weights of 8 or 4 bits would save, and what they would cost",
+        "--workdir=DIR --bits=4",
+        "Example:  llmlab quantise --workdir=runs/quickstart --bits=4 --group=32\n"
+        "\n"
+        "Only the matrices are quantised; nothing is written. An adapter trains over such weights with\n"
+        "--config.adapter.kind=lora --config.adapter.base_bits=4.",
+        _define_quantise,
+        _quantise,
     ),
     "report": Verb(
         "write a run as one self-contained page, DIR/report.html", "--workdir=DIR", "", _define_report, _report

@@ -31,6 +31,7 @@ FLAGS = {
         "seed",
     ],
     "eval": ["workdir", "tasks", "few_shot", "source", "files", "split", "limit", "needle", "needle_lengths"],
+    "quantise": ["workdir", "bits", "group", "include", "rows", "source", "files"],
     "report": ["workdir"],
     "tokenize": ["workdir", "model"],
     "convert": ["dtype"],
@@ -101,7 +102,7 @@ def test_print_config_says_what_would_run_and_what_it_costs(capsys, vocab_size, 
     config = json.loads(config)
     assert config["model"]["layers"] == layers
     assert config["data"]["batch_size"] == 8
-    assert set(config) == {"model", "data", "objective", "optimizer", "mesh", "run"}
+    assert set(config) == {"model", "data", "objective", "optimizer", "mesh", "run", "adapter"}
     found = {line[:16].strip(): line[16:].strip() for line in facts.splitlines()}
     # A layer: q, k, v and o of 32 x 32, SwiGLU's three of 32 x 96, two norms; then the last norm and both tables.
     weights = layers * (4 * 32 * 32 + 3 * 32 * 96 + 2 * 32) + 32 + 2 * vocab_size * 32

@@ -147,6 +147,16 @@ def test_eval_finds_the_loss_that_training_ended_with(workdir: Path, capsys: pyt
     assert f"{found['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
+def test_quantise_says_what_it_saves_and_costs(workdir: Path, capsys: pytest.CaptureFixture[str]):
+    before = sorted(workdir.rglob("*"))
+    assert cli.run(["llmlab", "quantise", f"--workdir={workdir}", "--bits=4", "--group=16", "--rows=4"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"weights +0\.\d\d MiB instead of 0\.\d\d", out)
+    assert re.search(r"logits +differ by \d+\.\d\d%", out)
+    assert re.search(r"bits per byte +\d\.\d{4}, [+-]0\.\d{4} quantised", out)
+    assert sorted(workdir.rglob("*")) == before
+
+
 def test_report_is_one_page_that_needs_nothing_else(workdir: Path, capsys: pytest.CaptureFixture[str]):
     (workdir / "report.html").unlink()
     assert cli.run(["llmlab", "report", f"--workdir={workdir}"]) == 0

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from llmlab.core.config import to_json
 from llmlab.core.errors import UserError
 from llmlab.data.pipeline import TokenBatch
 from llmlab.model.cost import abstract_params, parameter_count
@@ -21,6 +22,7 @@ from llmlab.train.describe import describe, estimate
 from llmlab.train.optimizer import make_optimizer, make_schedule
 from llmlab.train.state import init_state
 from llmlab.train.step import make_step
+from llmlab.workdir.files import Workdir
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -71,11 +73,12 @@ def count(experiment: Experiment) -> int:
 
 
 def test_the_experiments_are_all_here():
-    assert [path.stem for path in FILES] == ["experts", "gpt2", "llama", "mamba", "quickstart", "shakespeare_char"]
+    names = ["adapter", "experts", "gpt2", "llama", "mamba", "quickstart", "shakespeare_char"]
+    assert [path.stem for path in FILES] == names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_short_and_says_its_exact_command(path: Path):
+def test_a_file_is_short_and_says_its_exact_command(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(path.read_text().splitlines()) <= 100
     command = re.search(r"^    llmlab train (?:.|\\\n)*", load(path.stem).__doc__ or "", re.MULTILINE)
     assert command, "the docstring has no command, indented by four, that begins with `llmlab train`"
@@ -83,6 +86,10 @@ def test_a_file_is_short_and_says_its_exact_command(path: Path):
     file, _, arg = flags.pop("config").partition(":")
     assert FOLDER.parent / file == path
     assert flags.pop("workdir").startswith("runs/")
+    if arg.startswith("runs/"):  # the workdir of another run
+        monkeypatch.chdir(tmp_path)
+        Path(arg).mkdir(parents=True)
+        Workdir(arg).write_config(to_json(resolved("llama", "tiny")), {})
     config = load(path.stem).get_config(arg)
     for key, value in flags.items():
         # An override of a key that is not there is an error: this is what the command line does.

@@ -12,10 +12,11 @@ from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.model.config import LatentConfig, ModelConfig
 from llmlab.model.cost import abstract_params, parameter_count, product_parameters
 from llmlab.model.latent import LatentAttention
+from llmlab.model.matrices import is_matrix
 from llmlab.model.rope import RopeConfig, rotary_angles
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs, inputs
-from llmlab.train.optimizer import OptimizerConfig, is_matrix, make_optimizer
+from llmlab.train.optimizer import OptimizerConfig, make_optimizer
 from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_llama
 
 SIZES = dict(kv_rank=8, nope_dim=6, rope_dim=4, value_dim=5)

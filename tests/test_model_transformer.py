@@ -210,6 +210,9 @@ class Doubled:
     def rows(self, ids, dtype):
         return (2 * self.half[ids]).astype(dtype)
 
+    def grouped(self, x_MI, rows_E):
+        return 2 * jax.lax.ragged_dot(x_MI, self.half.astype(x_MI.dtype), rows_E)
+
 
 jax.tree_util.register_pytree_node(Doubled, lambda leaf: ((leaf.half,), None), lambda _, parts: Doubled(*parts))
 

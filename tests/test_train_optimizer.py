@@ -7,8 +7,9 @@ import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
+from llmlab.model.matrices import is_matrix
 from llmlab.model.transformer import make_model
-from llmlab.train.optimizer import OptimizerConfig, is_matrix, make_optimizer, make_schedule
+from llmlab.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llmlab.train.state import start, state_shardings
 from tests.helpers import random_params, tiny_gpt2, tiny_llama
 
@@ -66,6 +67,9 @@ def test_only_matrices_decay(name):
         (("layers", "experts", "mlp", "embed"), True),
         (("layers", "embed", None), True),
         (("layers", "latent", "heads", "head_dim"), True),
+        (("layers", "heads", "head_dim", "rank"), True),
+        (("layers", "rank", "mlp"), True),
+        (("layers", "experts", "rank", "mlp"), True),
     ],
 )
 def test_a_matrix_is_known_by_its_axes_not_its_rank(axes, matrix):

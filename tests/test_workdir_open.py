@@ -81,14 +81,6 @@ def test_a_torn_checkpoint_gives_the_one_before(run):
     assert open_workdir(run).step == 10
 
 
-def test_frozen_weights_are_merged_with_the_trained_ones(run):
-    params = numbered_params(7)
-    parts = {"trainable": {"head": params["head"]}, "frozen": {k: v for k, v in params.items() if k != "head"}}
-    save(run, 30, parts | {"ema": {"head": numbered_params(50)["head"]}})
-    opened = open_workdir(run)
-    assert_equal(opened.params, params | {"head": numbered_params(50)["head"]})
-
-
 def test_it_opens_onto_a_mesh(run):
     partition = make_partition(MeshConfig(fsdp=4, tensor=2))
     opened = open_workdir(run, partition)

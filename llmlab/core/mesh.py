@@ -42,6 +42,7 @@ class Rules:
     experts: tuple[str, ...] = ()
     latent: tuple[str, ...] = ("fsdp",)
     norm: tuple[str, ...] = ()
+    rank: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
 
 

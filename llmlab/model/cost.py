@@ -30,12 +30,13 @@ def product_parameters(config: ModelConfig) -> int:
     return layers + config.width * config.vocab_size
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(config: ModelConfig, sequence_length: int, frozen: bool = False) -> float:
     """Model FLOPs of a training step for each token: 6 a weight, 12·H·N·S a layer (PaLM, arXiv 2204.02311, appendix B).
 
     S is what a token can attend to: the sequence length, or the window of a local layer; 2·H is the width of a key and
     of a value. As there, causality is not discounted and recomputation does not count. A mamba layer writes to its
-    state and reads it, 12·H·N·Z, whatever the length; the products that chunks take instead do not count.
+    state and reads it, 12·H·N·Z, whatever the length; the products that chunks take instead do not count. Of `frozen`
+    weights there is no gradient: 4 a weight.
     """
     mixed = 0
     for kind in map(config.kind, range(config.layers)):
@@ -44,7 +45,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         else:
             window = config.window if kind == "local" and config.window else sequence_length
             mixed += config.heads * (config.H + config.value_dim) * min(sequence_length, window)
-    return 6.0 * product_parameters(config) + 6.0 * mixed
+    return (4.0 if frozen else 6.0) * product_parameters(config) + 6.0 * mixed
 
 
 def _mixer_parameters(config: ModelConfig, layer: int) -> int:

@@ -43,8 +43,8 @@ class Experts(Layer):
             out_BTD += MLP(c, self.partition, self.stack, width=e.shared * c.expert_width, name="shared")(x_BTD)
         return out_BTD, statistics(tally, e)
 
-    def _weights(self, dtype: Any) -> tuple[dict[str, jax.Array], dict[str, Axes]]:
-        """The weights as arrays of `dtype`, and their logical axes, by name."""
+    def _weights(self, dtype: Any) -> tuple[dict[str, Any], dict[str, Axes]]:
+        """The weights by name, arrays of `dtype` but for matrices that something stands for; their logical axes."""
         c, e = self.config, self.config.experts
         E, D, F = e.count, c.width, c.expert_width
         into, out_of = linear_init(c, D, into_residual=False), linear_init(c, F, into_residual=True)
@@ -59,7 +59,8 @@ class Experts(Layer):
         wanted["down_EFD"] = (out_of, (E, F, D), ("experts", "mlp", "embed"))
         if biased:
             wanted["down_EFD_bias"] = (zeros, (E, D), ("experts", "embed"))
-        leaves = {name: weights.dense(self.weight(name, *made), dtype) for name, made in wanted.items()}
+        leaves = {name: self.weight(name, *made) for name, made in wanted.items()}
+        leaves = {name: leaf if _stands(name, leaf) else weights.dense(leaf, dtype) for name, leaf in leaves.items()}
         axes = {name: made[2] for name, made in wanted.items()}
         if e.correction:
             # Steps of a thousandth would be lost in bfloat16.
@@ -69,14 +70,21 @@ class Experts(Layer):
         return leaves, axes
 
     def _on_mesh(
-        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, leaves: dict[str, jax.Array], axes: dict[str, Axes]
+        self, x_BTD: jax.Array, segment_ids_BT: jax.Array, leaves: dict[str, Any], axes: dict[str, Axes]
     ) -> tuple[jax.Array, Tally]:
-        """`_mixture` on each device's own tokens; outputs add up over the experts' width, tallies over tokens."""
+        """`_mixture` on each device's own tokens; outputs add up over the experts' width, tallies over tokens.
+
+        What stands for a matrix is fetched whole: scales of its groups and norms of its columns go by all of it.
+        """
         assert self.partition is not None
         rules, P = self.partition.rules, PartitionSpec
         over_tokens = (*rules.batch, *rules.time)
-        over_width = () if set(rules.mlp) & set(over_tokens) else rules.mlp
-        split = {name: P(*(over_width or None if axis == "mlp" else None for axis in axes[name])) for name in leaves}
+        whole = set(rules.mlp) & set(over_tokens) or any(_stands(name, leaf) for name, leaf in leaves.items())
+        over_width = () if whole else rules.mlp
+        split = {
+            name: P() if whole else P(*(over_width if axis == "mlp" else None for axis in axes[name]))
+            for name in leaves
+        }
         x_spec, segments_spec = (self.partition.spec(("batch", "time", *rest)) for rest in ((None,), ()))
         on_device = functools.partial(
             _mixture,
@@ -89,11 +97,16 @@ class Experts(Layer):
         return run(x_BTD, segment_ids_BT, leaves)
 
 
+def _stands(name: str, leaf: Any) -> bool:
+    """Whether this is one of the experts' matrices, and something else than an array stands for it."""
+    return name in ("gate_EDF", "up_EDF", "down_EFD") and isinstance(leaf, weights.WeightLeaf)
+
+
 def _mixture(
     config: ModelConfig,
     x_BTD: jax.Array,
     segment_ids_BT: jax.Array,
-    leaves: dict[str, jax.Array],
+    leaves: dict[str, Any],
     over_width: Reduce = lambda x: x,
     over_tokens: Reduce = lambda x: x,
 ) -> tuple[jax.Array, Tally]:

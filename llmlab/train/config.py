@@ -12,6 +12,7 @@ from llmlab.core.config import from_config_dict, to_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.mesh import MeshConfig, Partition
 from llmlab.data.config import DataConfig
+from llmlab.model.adapters import AdapterConfig
 from llmlab.model.config import ModelConfig
 from llmlab.model.transformer import check_divides
 from llmlab.objective import OBJECTIVES, NextTokenConfig
@@ -69,6 +70,7 @@ class Experiment:
     optimizer: OptimizerConfig
     mesh: MeshConfig
     run: RunConfig
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
 
 def one_of(arg: str, *choices: str) -> str:
@@ -91,9 +93,11 @@ def experiment(
     optimizer: OptimizerConfig,
     run: RunConfig,
     mesh: MeshConfig | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> ConfigDict:
     """What an experiment file returns: a ConfigDict with every key, so that flags can override each."""
-    return to_config_dict(Experiment(model, data, objective, optimizer, mesh or MeshConfig(), run))
+    mesh, adapter = mesh or MeshConfig(), adapter or AdapterConfig()
+    return to_config_dict(Experiment(model, data, objective, optimizer, mesh, run, adapter))
 
 
 def resolve(config: ConfigDict) -> Experiment:
@@ -139,6 +143,13 @@ def check_mesh(experiment: Experiment, partition: Partition) -> None:
 
 def _check_together(experiment: Experiment) -> None:
     model, data, optimizer, run = experiment.model, experiment.data, experiment.optimizer, experiment.run
+    adapter = experiment.adapter
+    if adapter.kind != "none" and not run.init_from:
+        raise UserError(f"adapter.kind={adapter.kind} needs weights to adapt: name their workdir, --init_from=WORKDIR")
+    if adapter.kind == "none" and adapter.base_bits:
+        raise UserError(
+            f"adapter.base_bits={adapter.base_bits} is of the weights under an adapter: set adapter.kind too"
+        )
     if data.sequence_length > model.max_positions:
         raise UserError(
             f"data.sequence_length={data.sequence_length} is longer than model.max_positions={model.max_positions}: "

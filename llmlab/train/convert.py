@@ -13,7 +13,7 @@ from llmlab.core.paths import check_free, new_folder
 from llmlab.data import text
 from llmlab.data.tokenizer import Tokenizer, TokenizerConfig
 from llmlab.data.tokenizer_imported import import_tokenizer
-from llmlab.model import hf
+from llmlab.model import hf, weights
 from llmlab.model.cost import parameter_count
 from llmlab.objective import next_token
 from llmlab.train.config import Experiment, run
@@ -77,13 +77,14 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
 
 
 def to_folder(source: Path, target: Path) -> str:
-    """A folder that `transformers` reads, from a workdir's last good checkpoint."""
+    """A folder that `transformers` reads, from a workdir's last good checkpoint, an adapter merged into its weights."""
     opened = open_workdir(source)
-    family = hf.save(opened.model, opened.params, target, tokenizer=opened.tokenizer)
+    params = weights.whole(opened.params)
+    family = hf.save(opened.model, params, target, tokenizer=opened.tokenizer)
     if (source / SOURCE).is_dir():
         _keep(source / SOURCE, target)
     licence = licence_of(target)
-    return _summary(parameter_count(opened.params), family.model_type, licence, opened.tokenizer, target)
+    return _summary(parameter_count(params), family.model_type, licence, opened.tokenizer, target)
 
 
 def licence_of(folder: Path) -> str:

@@ -1,6 +1,7 @@
 """What a config would run, worked out before anything is compiled: `llmlab train --print_config`."""
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 
 from llmlab.core.config import to_json
 from llmlab.data.pipeline import TokenBatch
+from llmlab.model.adapters import adapter_axes, add_adapter, frozen_base
 from llmlab.model.cost import abstract_params, flops_per_token, parameter_count, tree_bytes
 from llmlab.model.transformer import make_model
 from llmlab.train.config import Experiment
 from llmlab.train.optimizer import make_optimizer
 from llmlab.train.progress import thousands
+from llmlab.train.state import merge
 
 
 def describe(experiment: Experiment, devices: int) -> str:
@@ -22,6 +25,8 @@ def describe(experiment: Experiment, devices: int) -> str:
     lines = [json.dumps(to_json(experiment), indent=2), ""]
     if not experiment.model.vocab_size:
         lines.append(f"vocabulary        {facts['vocab_size']:,} (asked of the tokenizer, which may find fewer)")
+    if experiment.adapter.kind != "none":
+        lines.append(f"trained           {facts['trained']:,} of an adapter; the parameters stay frozen")
     lines += [
         f"parameters        {facts['parameters']:,}",
         f"FLOPs per token   {thousands(facts['flops_per_token'])}",
@@ -41,25 +46,32 @@ def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
         config = dataclasses.replace(config, vocab_size=data.tokenizer.vocab_size)
     model = make_model(config)
     params = abstract_params(model)
-    moments = jax.eval_shape(make_optimizer(optimizer, experiment.run.steps, model.axes).init, params)
-    weights = tree_bytes(params)
-    state = weights * (3 if optimizer.ema else 2) + tree_bytes(moments)
+    trainable, axes = params, model.axes
+    frozen: Any = {}
+    if (adapter := experiment.adapter).kind != "none":
+        frozen = jax.eval_shape(functools.partial(frozen_base, model, config=adapter), params)
+        fresh = functools.partial(add_adapter, model, config=adapter, key=jax.random.key(0))
+        trainable, axes = jax.eval_shape(fresh, frozen), adapter_axes(model, adapter)
+    moments = jax.eval_shape(make_optimizer(optimizer, experiment.run.steps, axes).init, trainable)
+    weights = tree_bytes(trainable) + tree_bytes(frozen)
+    state = weights + tree_bytes(trainable) * (2 if optimizer.ema else 1) + tree_bytes(moments)
     rows = data.batch_size // optimizer.accumulate
     batch_BT = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
     batch: Any = TokenBatch(**dict.fromkeys(TokenBatch._fields, batch_BT))  # type: ignore[arg-type]
     loss = experiment.objective.make(model, jnp.zeros(config.vocab_size, jnp.int32))
 
-    def residuals(params: Any, batch: TokenBatch) -> Any:
+    def residuals(trainable: Any, frozen: Any, batch: TokenBatch) -> Any:
         """What the forward pass keeps for the backward: the leaves of the function that runs it."""
-        return jax.vjp(lambda params: jnp.asarray(loss(params, batch, None)[0].sum), params)[1]
+        return jax.vjp(lambda trained: jnp.asarray(loss(merge(trained, frozen), batch, None)[0].sum), trainable)[1]
 
-    activations = max(0, tree_bytes(jax.eval_shape(residuals, params, batch)) - weights)
+    activations = max(0, tree_bytes(jax.eval_shape(residuals, trainable, frozen, batch)) - weights)
     shape = experiment.mesh.shape(devices)
     copies = shape[0] * shape[3]  # `data` and `sequence` replicate the weights
     return {
         "vocab_size": config.vocab_size,
         "parameters": parameter_count(params),
-        "flops_per_token": flops_per_token(config, data.sequence_length),
+        "trained": parameter_count(trainable),
+        "flops_per_token": flops_per_token(config, data.sequence_length, frozen=bool(frozen)),
         "tokens": experiment.run.steps * data.batch_size * data.sequence_length,
         "state_bytes": state,
         "activation_bytes": activations,

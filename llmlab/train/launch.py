@@ -28,9 +28,10 @@ from llmlab.data.prepare import data_fingerprint, prepare_parts, tokenizer_for
 from llmlab.data.sources import source_paths
 from llmlab.data.tokenizer import Tokenizer, load_tokenizer
 from llmlab.kernels.check import checked_once
+from llmlab.model.adapters import adapter_axes, add_adapter
 from llmlab.model.cost import abstract_params, flops_per_token, parameter_count
 from llmlab.model.transformer import make_model
-from llmlab.model.types import Model, Params
+from llmlab.model.types import Model
 from llmlab.objective.next_token import Loss
 from llmlab.train.check import kernel_checks, kernel_rows
 from llmlab.train.config import Experiment, check_mesh
@@ -38,11 +39,11 @@ from llmlab.train.loop import Hooks, Meter, run_loop
 from llmlab.train.optimizer import make_optimizer, make_schedule
 from llmlab.train.progress import Progress, peak_flops, thousands
 from llmlab.train.state import TrainState, init_state, start, state_shardings
-from llmlab.train.step import make_step
+from llmlab.train.step import by_gradients_alone, make_step
 from llmlab.workdir.checkpoints import Checkpoints
 from llmlab.workdir.files import Workdir
 from llmlab.workdir.metrics import MetricsLog, TensorBoardLog, check_tensorboard
-from llmlab.workdir.open import check_has_weights, weights_for
+from llmlab.workdir.open import Base, check_base, check_has_weights, frozen_weights, newest_base, weights_for
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +87,12 @@ def _launch_claimed(
 ) -> Run:
     first, begin = jax.process_index() == 0, time.monotonic()
     progress = Progress(experiment.run.steps, quiet=not first)
-    run, source = together(functools.partial(_begin, experiment, workdir, partition, progress, arguments))
+    base = _base(experiment, workdir)
+    run, source = together(functools.partial(_begin, experiment, workdir, partition, progress, arguments, base))
     _check_same_on_every_host(run)
     experiment, settings = run.experiment, run.experiment.run
     tokens = experiment.data.batch_size * experiment.data.sequence_length
-    flops = tokens * flops_per_token(experiment.model, experiment.data.sequence_length)
+    flops = tokens * flops_per_token(experiment.model, experiment.data.sequence_length, frozen=base is not None)
     peak = peak_flops(jax.devices()[0].device_kind)
     meter = Meter(tokens, flops, peak, preparing=time.monotonic() - begin)
     checkpoints = Checkpoints(
@@ -98,7 +100,7 @@ def _launch_claimed(
     )
     logs = _Logs(workdir, settings.tensorboard) if first else _NoLog()
     try:
-        state, step_fn = _prepare_state(run, checkpoints, progress)
+        state, step_fn = _prepare_state(run, base, checkpoints, progress)
         run_loop(
             experiment,
             state,
@@ -130,22 +132,43 @@ def _claim(experiment: Experiment, workdir: Workdir) -> None:
     if experiment.run.tensorboard:
         check_tensorboard()
     if jax.process_index() == 0:
-        workdir.claim(to_json(experiment))
+        # The weights under an adapter are known by their hash: they may be found elsewhere than at first.
+        allowed = ("run.init_from",) if experiment.adapter.kind != "none" else ()
+        workdir.claim(to_json(experiment), *allowed)
+
+
+def _base(experiment: Experiment, workdir: Workdir) -> Base | None:
+    """The checkpoint under this run's adapter: the newest of run.init_from at the first start, then always that."""
+    if experiment.adapter.kind == "none":
+        return None
+    known = workdir.read_config().get("base") if workdir.config.exists() else None
+    if known is None:
+        return newest_base(experiment.run.init_from)
+    base = Base(**known)._replace(workdir=str(Workdir(experiment.run.init_from).path))
+    check_base(base)
+    return base
 
 
 def _begin(
-    experiment: Experiment, workdir: Workdir, partition: Partition, progress: Progress, arguments: list[str]
+    experiment: Experiment,
+    workdir: Workdir,
+    partition: Partition,
+    progress: Progress,
+    arguments: list[str],
+    base: Base | None,
 ) -> tuple[Run, TextSource]:
     """Data, model and loss, and what the workdir says of them; no process waits for another in here."""
     run, source = _assemble(experiment, workdir, partition, progress)
     _check_same_tokenizer(run)
     check_kernels(run.experiment)
     if jax.process_index() == 0:
-        facts = {
+        facts: dict[str, Any] = {
             "data": data_fingerprint(run.experiment.data),
             "parameters": parameter_count(abstract_params(run.model)),
             "arguments": arguments,
         }
+        if base is not None:
+            facts["base"] = base._asdict()
         _check_same_data(workdir, facts["data"])
         workdir.write_config(to_json(run.experiment), facts)
         run.tokenizer.save(workdir.tokenizer)
@@ -202,34 +225,41 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return table_V
 
 
-def _prepare_state(run: Run, checkpoints: Checkpoints, progress: Progress) -> tuple[TrainState, Any]:
+def _prepare_state(run: Run, base: Base | None, checkpoints: Checkpoints, progress: Progress) -> tuple[TrainState, Any]:
     """(state, jitted step): restored if there is a checkpoint, else from other weights, else initialised; sharded."""
     experiment, model = run.experiment, run.model
-    config, settings = experiment.optimizer, experiment.run
-    optimizer = make_optimizer(config, settings.steps, model.axes)
+    config, settings, adapter = experiment.optimizer, experiment.run, experiment.adapter
+    frozen = {} if base is None else frozen_weights(base, adapter, model)
+    axes = model.axes if base is None else adapter_axes(model, adapter)
+    optimizer = make_optimizer(config, settings.steps, axes)
     schedule = make_schedule(config, settings.steps)
-    common = dict(window=config.skip_window, ema=bool(config.ema))
+    common: Any = dict(window=config.skip_window, ema=bool(config.ema))
 
-    def fresh(key: jax.Array) -> TrainState:
-        return init_state(model, optimizer, key, **common)  # type: ignore[arg-type]
+    def fresh(key: jax.Array, frozen: Any) -> TrainState:
+        if base is None:
+            return init_state(model, optimizer, key, **common)
+        return start(add_adapter(model, frozen, adapter, key), optimizer, **common)
 
     key = named_key(settings.seed, "init")
-    abstract = jax.eval_shape(fresh, key)
-    shardings = state_shardings(model, abstract)
+    abstract = jax.eval_shape(fresh, key, frozen)
+    shardings = state_shardings(model, abstract, axes)
     latest = checkpoints.latest()
     if latest is not None:
         wanted = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract, shardings
         )
-        state = TrainState(**checkpoints.restore(latest, wanted._asdict()))
+        state = TrainState(frozen={}, **checkpoints.restore(latest, wanted.saved))
         progress.say(f"going on from step {latest} in {run.workdir.path}")
-    elif settings.init_from:
-        weights: Params = weights_for(settings.init_from, model)
-        begin = functools.partial(start, optimizer=optimizer, **common)  # type: ignore[arg-type]
-        state = jax.jit(begin, out_shardings=shardings)(weights)
+    elif settings.init_from and base is None:
+        begin = functools.partial(start, optimizer=optimizer, **common)
+        state = jax.jit(begin, out_shardings=shardings)(weights_for(settings.init_from, model))
         progress.say(f"starting from the weights of {settings.init_from}")
     else:
-        state = jax.jit(fresh, out_shardings=shardings)(key)
+        state = jax.jit(fresh, out_shardings=shardings)(key, frozen)
+    if base is not None:
+        progress.say(f"an adapter over the weights of {base.workdir} at step {base.step}, which stay as they are")
+    state = state._replace(frozen=frozen)
+    shardings = shardings._replace(frozen=jax.tree.map(lambda x: x.sharding, frozen))
     progress.say(f"{thousands(parameter_count(state.trainable))} parameters; compiling the step …")
     step = make_step(
         run.loss,
@@ -238,7 +268,7 @@ def _prepare_state(run: Run, checkpoints: Checkpoints, progress: Progress) -> tu
         config,
         seed=settings.seed,
         partition=run.partition,
-        post_step=model.post_step,
+        post_step=model.post_step if base is None else by_gradients_alone,
     )
     return state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.partition.sharding()))
 

@@ -111,7 +111,7 @@ def run_loop(
                     flush()
                     comparable = {} if last and run.eval_batches else evaluated  # the last one sees more text
                     with meter.phase("saving"):
-                        saver.save(step, state._asdict(), comparable, wait=last or stopping)
+                        saver.save(step, state.saved, comparable, wait=last or stopping)
                 if last:
                     return state
                 if stopping:
@@ -125,7 +125,7 @@ def run_loop(
                 pending = (step, metrics)
         except Tripwire:
             # The steps that tripped it changed no weight.
-            saver.save(step, state._asdict(), wait=True)
+            saver.save(step, state.saved, wait=True)
             raise
 
 

@@ -8,9 +8,7 @@ import optax
 
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Axes, is_axes
-
-# Of an array with one of these, each entry is a weight of its own.
-STACKED = ("layers", "experts")
+from llmlab.model.matrices import STACKED, is_matrix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +116,6 @@ def make_optimizer(config: OptimizerConfig, steps: int, axes: Any) -> optax.Grad
     )
 
 
-def is_matrix(axes: Axes) -> bool:
-    """Whether these are the logical axes of a matrix: it maps out of the residual stream or a latent, or into it.
-
-    Never by rank: a stacked norm has two dimensions and is a vector, a bias of query heads or of experts too.
-    """
-    return not {"embed", "latent"}.isdisjoint(axes) and len([axis for axis in axes if axis not in STACKED]) > 1
-
-
 def _muon_dimensions(axes: Axes) -> Any:
     """Rows and columns of what Muon orthogonalises, stacked layers and experts apart; None: Adam's.
 
@@ -133,10 +123,10 @@ def _muon_dimensions(axes: Axes) -> Any:
     """
     if not is_matrix(axes) or "vocab" in axes or "positions" in axes:
         return None
-    residual = axes.index("embed" if "embed" in axes else "latent")
-    others = tuple(i for i, axis in enumerate(axes) if axis not in STACKED and i != residual)
-    out_of_residual = residual < others[0]
+    side = next(axes.index(name) for name in ("rank", "embed", "latent") if name in axes)
+    others = tuple(i for i, axis in enumerate(axes) if axis not in STACKED and i != side)
+    out_of_side = side < others[0]
     return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=(residual,) if out_of_residual else others,
-        output_axis=others if out_of_residual else (residual,),
+        reduction_axis=(side,) if out_of_side else others,
+        output_axis=others if out_of_side else (side,),
     )

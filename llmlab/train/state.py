@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llmlab.model.adapters import LowRank, adapted
 from llmlab.model.types import Model, Params
 
 
@@ -19,7 +20,7 @@ class Guard(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """`trainable` has gradients, an optimizer and perhaps an EMA; `frozen` has none of them."""
+    """`trainable` has gradients, an optimizer and perhaps an EMA; `frozen` has none, and is in no checkpoint."""
 
     step: jax.Array
     trainable: Params
@@ -37,6 +38,11 @@ class TrainState(NamedTuple):
     def evaluated(self) -> Params:
         """The weights that evaluation and samples use: the EMA where there is one."""
         return self.params if self.ema is None else merge(self.ema, self.frozen)
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """What a checkpoint holds: all but the frozen weights, which config.json names and hashes instead."""
+        return {name: value for name, value in self._asdict().items() if name != "frozen"}
 
 
 def init_state(
@@ -66,21 +72,27 @@ def start(
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """One tree of two whose leaves are apart."""
-    merged = dict(trainable)
+    """The weights as the model reads them: two trees whose leaves are apart as one, adapters over what they adapt."""
+    adapter = {path: value for path, value in trainable.items() if isinstance(value, LowRank)}
+    merged = {name: value for name, value in trainable.items() if name not in adapter}
     for name, value in frozen.items():
         merged[name] = merge(merged[name], value) if name in merged else value
-    return merged
+    return adapted(merged, adapter)
 
 
-def state_shardings(model: Model, state: TrainState) -> TrainState:
-    """Shardings for a (possibly abstract) state: weights, moments and EMA by logical axes, the rest replicated."""
+def state_shardings(model: Model, state: TrainState, axes: Any = None) -> TrainState:
+    """Shardings for a (possibly abstract) state: weights, moments and EMA by logical axes, the rest replicated.
+
+    `axes` are those of what is trained, where that is not the model's own weights.
+    """
     partition = model.partition
     assert partition is not None
     replicated = partition.sharding()
     by_path = {
         jax.tree_util.keystr(path): sharding
-        for path, sharding in jax.tree_util.tree_leaves_with_path(partition.shardings(model.axes))
+        for path, sharding in jax.tree_util.tree_leaves_with_path(
+            partition.shardings(model.axes if axes is None else axes)
+        )
     }
 
     def choose(path: Any, leaf: Any) -> jax.sharding.Sharding:

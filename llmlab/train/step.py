@@ -17,6 +17,11 @@ Step = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 PostStep = Callable[[Any, Metrics], Any]
 
 
+def by_gradients_alone(trainable: Any, metrics: Metrics) -> Any:
+    """The `post_step` of weights that only gradients move, as those of an adapter."""
+    return trainable
+
+
 def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
@@ -25,11 +30,12 @@ def make_step(
     *,
     seed: int,
     partition: Partition | None = None,
-    post_step: PostStep = lambda trainable, metrics: trainable,
+    post_step: PostStep = by_gradients_alone,
 ) -> Step:
     """(state, batch) -> (state, metrics). The caller jits it, with the state donated.
 
-    `post_step(trainable, metrics)` moves what no gradient does, after the optimizer: it is the model's.
+    `post_step(trainable, metrics)` moves what no gradient does, after the optimizer: the model's, where all its weights
+    are trained.
     A step whose loss or gradient norm is not finite, or far outside the recent window, changes nothing but its count:
     decided here, on global scalars, so every host decides alike. Metrics are (sum, weight) pairs.
     """

@@ -61,16 +61,17 @@ class Workdir:
         self.report = self.path / "report.html"
         self._lock: int | None = None
 
-    def claim(self, config: Mapping[str, Any]) -> None:
+    def claim(self, config: Mapping[str, Any], *allowed: str) -> None:
         """Makes the folder, if need be, and holds it for a run of this resolved config until `release`.
 
         One process calls this (process 0). The claim goes with the process, however that ends.
+        `allowed`: patterns of keys that may have changed since the run began, beside those of `MAY_CHANGE`.
 
         Raises:
           UserError: it belongs to another config or to a running process, or cannot be written to.
         """
         try:
-            self._check_config(config)
+            self._check_config(config, *allowed)
             with clear_when_full(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -84,7 +85,7 @@ class Workdir:
         self._lock = lock
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._check_config(config)  # Another run may have come between.
+            self._check_config(config, *allowed)  # Another run may have come between.
         except BlockingIOError:
             self.release()
             raise UserError(f"another process is training in --workdir={self.path}: wait for it or stop it") from None
@@ -129,14 +130,14 @@ class Workdir:
             raise UserError(f"{self.config} is torn or no config: restore that file, or train into a new workdir")
         return content
 
-    def _check_config(self, config: Mapping[str, Any]) -> None:
+    def _check_config(self, config: Mapping[str, Any], *allowed: str) -> None:
         if not self.config.exists():
             if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
                 raise UserError(
                     f"--workdir={self.path} has checkpoints but no config.json: restore it, or choose another folder"
                 )
             return
-        if changed := forbidden_changes(self.read_config()["config"], config):
+        if changed := forbidden_changes(self.read_config()["config"], config, *allowed):
             raise UserError(
                 f"--workdir={self.path} belongs to a run of another config. Choose another folder (with "
                 f"--init_from={self.path} to start from its weights), or undo, from what it has to what you ask:\n  "

@@ -87,6 +87,11 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
+def digest(manifest: Manifest) -> str:
+    """What tells this checkpoint from all others: a hash of the manifest, and so of the hashes of every file."""
+    return _digest(manifest._asdict())
+
+
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
     def hash_file(name: str) -> str:
         with open(folder / name, "rb") as file:

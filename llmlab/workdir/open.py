@@ -9,6 +9,8 @@ from llmlab.core.config import from_config_dict
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition
 from llmlab.data.tokenizer import Tokenizer, load_tokenizer
+from llmlab.model import weights
+from llmlab.model.adapters import AdapterConfig, adapted, adapter_axes, add_adapter, frozen_base
 from llmlab.model.config import ModelConfig
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
@@ -20,13 +22,24 @@ _NO_CHECKPOINT = "{} holds no whole checkpoint: train it, with run.checkpoint_ev
 
 
 class Opened(NamedTuple):
-    """A trained model: `config` is the resolved config of its run, `step` that of its last good checkpoint."""
+    """A trained model: `config` is the resolved config of its run, `step` that of its last good checkpoint.
+
+    Where that run trained an adapter, `params` are the weights under it with the adapter over them.
+    """
 
     model: Model
     params: Params
     tokenizer: Tokenizer
     step: int
     config: dict[str, Any]
+
+
+class Base(NamedTuple):
+    """The checkpoint whose weights are frozen under an adapter, as config.json of the adapter's run refers to it."""
+
+    workdir: str
+    step: int
+    digest: str
 
 
 def open_workdir(path: str | os.PathLike[str], partition: Partition | None = None) -> Opened:
@@ -36,10 +49,7 @@ def open_workdir(path: str | os.PathLike[str], partition: Partition | None = Non
       UserError: there is no such workdir, or something in it is missing or torn.
     """
     workdir = Workdir(path)
-    config = workdir.read_config()["config"]
-    if "model" not in config:
-        raise UserError(f"{workdir.config} has no section model: restore that file, or train into a new workdir")
-    model = make_model(from_config_dict(ModelConfig, config["model"], "model"), partition)
+    config, model = workdir.read_config()["config"], make_model(model_config(path), partition)
     if not workdir.tokenizer.exists():
         raise UserError(f"{workdir.tokenizer} is missing: copy it from where the run was trained")
     tokenizer = load_tokenizer(workdir.tokenizer)
@@ -47,15 +57,61 @@ def open_workdir(path: str | os.PathLike[str], partition: Partition | None = Non
     return Opened(model, _weights(workdir, step, model), tokenizer, step, config)
 
 
+def model_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The settings of a workdir's model.
+
+    Raises:
+      UserError: there is no such workdir, or its config.json is torn.
+    """
+    workdir = Workdir(path)
+    config = workdir.read_config()["config"]
+    if "model" not in config:
+        raise UserError(f"{workdir.config} has no section model: restore that file, or train into a new workdir")
+    return from_config_dict(ModelConfig, config["model"], "model")
+
+
 def weights_for(path: str | os.PathLike[str], model: Model) -> Params:
-    """The weights of a workdir for another run's model, in its dtypes and shardings.
+    """The weights of a workdir for another run's model, in its dtypes and shardings; an adapter is merged into them.
 
     Raises:
       UserError: no workdir, no whole checkpoint, or a weight that is missing there or has another shape.
     """
     workdir = Workdir(path)
     workdir.read_config()
-    return _weights(workdir, _good_step(workdir), model)
+    return weights.whole(_weights(workdir, _good_step(workdir), model))
+
+
+def newest_base(path: str | os.PathLike[str]) -> Base:
+    """The last good checkpoint of a workdir, for an adapter over it.
+
+    Raises:
+      UserError: no workdir, or no whole checkpoint.
+    """
+    workdir = Workdir(path)
+    workdir.read_config()
+    step = _good_step(workdir)
+    return Base(str(workdir.path), step, manifest.digest(manifest.read(workdir.checkpoints / str(step))))
+
+
+def check_base(base: Base) -> None:
+    """Raises UserError where the checkpoint is not there, or not what it was when the adapter was trained."""
+    folder = Workdir(base.workdir).checkpoints / str(base.step)
+    if not folder.is_dir():
+        raise UserError(
+            f"the weights under this adapter are gone: there is no {folder} (moved, or deleted as its run "
+            f"went on): put it back, or run the adapter's `llmlab train` command again with its --init_from=NEW_WORKDIR"
+        )
+    if (found := manifest.digest(manifest.verify(folder))) != base.digest:
+        raise UserError(
+            f"{folder} is not what this adapter was trained over (its hash was {base.digest[:12]}, now {found[:12]}): "
+            f"put that checkpoint back, or train the adapter anew in another workdir"
+        )
+
+
+def frozen_weights(base: Base, config: AdapterConfig, model: Model) -> Params:
+    """The weights under an adapter, in the model's dtypes and shardings, quantised where `config` says so."""
+    params = weights.whole(_weights(Workdir(base.workdir), base.step, model))
+    return frozen_base(model, params, config)
 
 
 def check_has_weights(path: str | os.PathLike[str]) -> None:
@@ -74,18 +130,30 @@ def _good_step(workdir: Workdir) -> int:
 
 
 def _weights(workdir: Workdir, step: int, model: Model) -> Params:
-    """The weights that evaluation and samples use: the EMA where the run kept one, else the trained ones."""
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    """The weights as evaluation and samples use them."""
+    content = workdir.read_config()
+    if "base" not in content:
+        return _restored(workdir, step, model, jax.eval_shape(model.init, jax.random.key(0)), model.axes)
+    config = from_config_dict(AdapterConfig, content["config"]["adapter"], "adapter")
+    base = Base(**content["base"])
+    check_base(base)
+    frozen = frozen_weights(base, config, model)
+    abstract = jax.eval_shape(lambda frozen: add_adapter(model, frozen, config, jax.random.key(0)), frozen)
+    return adapted(frozen, _restored(workdir, step, model, abstract, adapter_axes(model, config)))
+
+
+def _restored(workdir: Workdir, step: int, model: Model, abstract: Any, axes: Any) -> Any:
+    """What was trained, as `abstract`: its EMA where the run kept one."""
     if model.partition is not None:
-        shardings = model.partition.shardings(model.axes)
         abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            model.partition.shardings(axes),
         )
     saved = saved_arrays(workdir.checkpoints, step)
     leaves, wanted = jax.tree_util.tree_leaves_with_path(abstract), {}
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        places = [f"{tree}.{name}" for tree in ("ema", "trainable", "frozen")]
-        wanted[next((place for place in places if place in saved), places[1])] = leaf
+        wanted[f"ema.{name}" if f"ema.{name}" in saved else f"trainable.{name}"] = leaf
     restored = restore_subtree(workdir.checkpoints, step, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
