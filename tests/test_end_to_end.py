@@ -123,6 +123,23 @@ def test_init_from_starts_with_the_weights_of_another_run(workdir: Path, corpus:
     assert first["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
 
 
+def test_a_model_reaches_further_and_trains_on(workdir: Path, corpus: Path, tmp_path: Path):
+    """YaRN stretches its positions four times over; what it had learnt is still there at the new length."""
+    longer, config = tmp_path / "longer", f"{EXPERIMENTS}/longer.py:{workdir}"
+    more = (
+        "run.steps=2",
+        "run.eval_every=2",
+        "run.sample_tokens=8",
+        "optimizer.accumulate=1",
+        "data.sequence_length=64",
+    )
+    assert train(longer, corpus, *(f"--config.{setting}" for setting in more), config=config) == 0
+    model = llmlab.open(str(longer)).model.config
+    assert (model.rope.scaling, model.rope.factor, model.rope.original_positions) == ("yarn", 4, 512)
+    assert model.max_positions == 2048
+    assert rows(longer)[0]["eval/loss"] == pytest.approx(rows(workdir)[-1]["eval/loss"], abs=0.1)
+
+
 def test_sample_with_the_same_seed_gives_the_same_text(workdir: Path, capsys: pytest.CaptureFixture[str]):
     def sample(seed: int) -> str:
         arguments = ["llmlab", "sample", f"--workdir={workdir}", "--prompt=def ", "--max_tokens=12", f"--seed={seed}"]

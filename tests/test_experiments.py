@@ -73,7 +73,7 @@ def count(experiment: Experiment) -> int:
 
 
 def test_the_experiments_are_all_here():
-    names = ["adapter", "experts", "gpt2", "llama", "mamba", "quickstart", "shakespeare_char"]
+    names = ["adapter", "experts", "gpt2", "llama", "longer", "mamba", "quickstart", "shakespeare_char"]
     assert [path.stem for path in FILES] == names
 
 
