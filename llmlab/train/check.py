@@ -188,10 +188,10 @@ def restore_rows(
         shared = Path(_same_everywhere(own))
         together(functools.partial(_check_seen, shared))
         checkpoints = Checkpoints(shared / "checkpoints")
-        checkpoints.save(1, state._asdict(), wait=True)
-        restored = checkpoints.restore(1, abstract._asdict())
+        checkpoints.save(1, state.saved, wait=True)
+        restored = checkpoints.restore(1, abstract.saved)
         checkpoints.close()
-        pairs = zip(jax.tree.leaves(fetch(state._asdict())), jax.tree.leaves(fetch(restored)), strict=True)
+        pairs = zip(jax.tree.leaves(fetch(state.saved)), jax.tree.leaves(fetch(restored)), strict=True)
         different = sum(not np.array_equal(saved, back) for saved, back in pairs)
     yield Comparison("save and restore, leaves that differ", float(different), 0.0, not different)
 
