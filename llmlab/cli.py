@@ -399,6 +399,8 @@ def _tokenize(flags: FlagValues, rest: list[str]) -> None:
 def _define_convert(flags: FlagValues, argv: list[str]) -> None:
     dtypes = ["float32", "bfloat16", "float64"]
     f.DEFINE_enum("dtype", None, dtypes, "Of the weights; else as they come.", flag_values=flags)
+    f.DEFINE_string("base", "", "Where SRC is an adapter of PEFT: the workdir of its weights.", flag_values=flags)
+    f.DEFINE_bool("adapter_only", False, "Write an adapter for PEFT, instead of merged.", flag_values=flags)
 
 
 def _convert(flags: FlagValues, rest: list[str]) -> None:
@@ -407,7 +409,7 @@ def _convert(flags: FlagValues, rest: list[str]) -> None:
     _start_jax()
     from llmlab.train.convert import convert
 
-    print(convert(rest[0], rest[1], flags.dtype))
+    print(convert(rest[0], rest[1], flags.dtype, base=flags.base, adapter_only=flags.adapter_only))
 
 
 # --- what the verbs share --------------------------------------------------------------------------------------------
@@ -510,7 +512,9 @@ VERBS: dict[str, Verb] = {
         "SRC DST [--dtype=bfloat16]",
         "Example:  llmlab convert ~/models/Qwen3-0.6B runs/qwen && llmlab sample --workdir=runs/qwen --prompt=Once\n"
         "\n"
-        "Settings that are not supported are errors, never ignored. The licence of the source is shown and kept.",
+        "Settings that are not supported are errors, never ignored. The licence of the source is shown and kept.\n"
+        "Adapters in PEFT's format:  llmlab convert adapter_folder runs/adapter --base=runs/qwen\n"
+        "                            llmlab convert runs/adapter adapter_folder --adapter_only",
         _define_convert,
         _convert,
     ),

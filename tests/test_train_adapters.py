@@ -245,6 +245,24 @@ def test_over_experts_in_4_bits_it_trains_and_their_correction_stays(train, tmp_
     assert not any("correction_E" in name or "router" in name for name in saved)
 
 
+def test_it_goes_into_peft_s_format_and_comes_back(train, base, dora, lora, tmp_path, capsys):
+    out, back = tmp_path / "out", tmp_path / "back"
+    assert run(["llmlab", "convert", str(lora), str(out), "--adapter_only"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert run(["llmlab", "convert", str(out), str(back), f"--base={base}"]) == 0
+    np.testing.assert_array_equal(logits(llmlab.open(back)), logits(llmlab.open(lora)))
+    capsys.readouterr()
+    for source, flags, words in (
+        (out, (), "--base=runs/model"),
+        (out, (f"--base={lora}",), "is an adapter itself"),
+        (base, ("--adapter_only",), "leave out --adapter_only"),
+        (base, (f"--base={base}",), "has no adapter_config.json"),
+    ):
+        assert run(["llmlab", "convert", str(source), str(tmp_path / "new"), *flags]) == EXIT_USER_ERROR
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [

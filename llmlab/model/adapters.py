@@ -210,6 +210,13 @@ def adapted(params: Params, adapter: Adapter) -> Params:
     return with_leaves(params, {path: AdaptedLeaf(leaf_at(params, path), update) for path, update in adapter.items()})
 
 
+def adapter_of(params: Params) -> Adapter:
+    """The adapter that lies over these weights; {} where none does."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, AdaptedLeaf))
+    found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {path: leaf.update for path, leaf in found.items() if isinstance(leaf, AdaptedLeaf)}
+
+
 def merge_adapter(params: Params, adapter: Adapter) -> Params:
     """Full weights again: one array for every leaf, the adapter merged into it."""
     return weights.whole(adapted(params, adapter))

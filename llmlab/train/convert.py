@@ -1,26 +1,30 @@
-"""`llmlab convert`: a folder in the Hugging Face layout becomes a workdir, or a workdir such a folder."""
+"""`llmlab convert`: a folder in the Hugging Face layout becomes a workdir, or a workdir such a folder; adapters too."""
 
+import dataclasses
 import logging
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-from llmlab.core.config import to_json
+from llmlab.core.config import from_config_dict, to_json
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig
 from llmlab.core.paths import check_free, new_folder
 from llmlab.data import text
 from llmlab.data.tokenizer import Tokenizer, TokenizerConfig
 from llmlab.data.tokenizer_imported import import_tokenizer
-from llmlab.model import hf, weights
+from llmlab.model import hf, peft, weights
+from llmlab.model.adapters import AdapterConfig, adapter_of
 from llmlab.model.cost import parameter_count
+from llmlab.model.transformer import make_model
 from llmlab.objective import next_token
 from llmlab.train.config import Experiment, run
 from llmlab.train.optimizer import adamw
 from llmlab.workdir.checkpoints import Checkpoints
 from llmlab.workdir.files import Workdir
-from llmlab.workdir.open import open_workdir
+from llmlab.workdir.open import newest_base, open_workdir
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +35,19 @@ _KEPT = (
 )
 
 
-def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], dtype: hf.DType | None = None) -> str:
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    dtype: hf.DType | None = None,
+    *,
+    base: str = "",
+    adapter_only: bool = False,
+) -> str:
     """Converts `source` into `target`, whichever way; what there is to say about it, in a few lines.
+
+    Args:
+      base: where `source` is an adapter of PEFT, the workdir whose weights it is for.
+      adapter_only: where `source` is the workdir of an adapter, write it in PEFT's format, not merged.
 
     Raises:
       UserError: `source` is neither, something in it is not supported, or `target` is there already.
@@ -41,8 +56,44 @@ def convert(source: str | os.PathLike[str], target: str | os.PathLike[str], dtyp
     if not source.is_dir():
         raise UserError(f"there is no folder {source}: give a model's folder, or a workdir")
     check_free(target)
+    if (source / peft.CONFIG).exists():
+        if not base:
+            raise UserError(f"{source} is an adapter: name the workdir of the weights it is for, --base=runs/model")
+        return adapter_to_workdir(source, Path(base).expanduser(), target)
+    if base:
+        raise UserError(f"--base is for an adapter, and {source} has no {peft.CONFIG}: leave it out")
     keys = hf.read_json(source / "config.json")
-    return to_folder(source, target) if "config" in keys else to_workdir(source, target, dtype)
+    if "config" not in keys:
+        return to_workdir(source, target, dtype)
+    return adapter_to_folder(source, target) if adapter_only else to_folder(source, target)
+
+
+def adapter_to_workdir(folder: Path, base: Path, target: Path) -> str:
+    """A workdir of an adapter in PEFT's format, over the newest checkpoint of the workdir `base`."""
+    under = newest_base(base)
+    config = from_config_dict(Experiment, Workdir(base).read_config()["config"], "")
+    if config.adapter.kind != "none":
+        raise UserError(f"{base} is an adapter itself: name the workdir of whole weights")
+    adapter, settings = peft.load_peft(make_model(config.model), folder)
+    experiment = dataclasses.replace(config, adapter=settings, run=dataclasses.replace(config.run, init_from=str(base)))
+    with new_folder(target) as partial:
+        workdir = Workdir(partial)
+        shutil.copyfile(Workdir(base).tokenizer, workdir.tokenizer)
+        workdir.write_config(to_json(experiment), {"base": under._asdict()})
+        _save(workdir, adapter)
+    return f"{parameter_count(adapter):,} parameters of an adapter over {base}, step {under.step}\nwritten   {target}"
+
+
+def adapter_to_folder(source: Path, target: Path) -> str:
+    """A folder that PEFT reads, from the workdir of an adapter."""
+    opened = open_workdir(source)
+    config = from_config_dict(AdapterConfig, opened.config["adapter"], "adapter")
+    if config.kind == "none":
+        raise UserError(f"{source} has whole weights and no adapter: leave out --adapter_only")
+    adapter = adapter_of(opened.params)
+    with new_folder(target) as partial:
+        peft.save_peft(opened.model, adapter, config, partial)
+    return f"{parameter_count(adapter):,} parameters of an adapter, without the weights under it\nwritten   {target}"
 
 
 def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str:
@@ -70,9 +121,7 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
         facts = {"family": family.model_type, "licence": licence}
         workdir.write_config(to_json(experiment), {"source": facts, "parameters": parameter_count(params)})
         _keep(folder, partial / SOURCE)
-        checkpoints = Checkpoints(workdir.checkpoints)
-        checkpoints.save(0, {"trainable": params}, wait=True)
-        checkpoints.close()
+        _save(workdir, params)
     return _summary(parameter_count(params), family.model_type, licence, tokenizer, target)
 
 
@@ -95,6 +144,13 @@ def licence_of(folder: Path) -> str:
     named = fields.get("license_name") or fields.get("license") or fields.get("licence") or ""
     files = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern))
     return ", ".join(filter(None, (named, *files)))
+
+
+def _save(workdir: Workdir, trainable: Any) -> None:
+    """As the checkpoint of step 0."""
+    checkpoints = Checkpoints(workdir.checkpoints)
+    checkpoints.save(0, {"trainable": trainable}, wait=True)
+    checkpoints.close()
 
 
 def _keep(folder: Path, target: Path) -> None:
