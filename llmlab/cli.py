@@ -321,10 +321,14 @@ def _define_eval(flags: FlagValues, argv: list[str]) -> None:
     f.DEFINE_integer("seed", 0, "Of generated answers.", flag_values=flags)
     f.DEFINE_string("extract", "line", "What of a generated text is the answer: line, number.", flag_values=flags)
     f.DEFINE_bool("needle", False, "Hide sentences in the text, and ask for them.", flag_values=flags)
-    f.DEFINE_list("needle_lengths", [], "Tokens of its prompts; empty: up to what the model reads.", flag_values=flags)
+    f.DEFINE_list(
+        "needle_lengths", [], "Tokens of its prompts; empty: up to what the model reads or 8192.", flag_values=flags
+    )
     f.DEFINE_integer("needle_depths", 5, "At how many depths.", flag_values=flags)
     f.DEFINE_integer("needle_samples", 8, "How many at each depth and length.", flag_values=flags)
-    f.DEFINE_integer("batch_size", 0, "Rows at once; 0 is as in training, 16 for tasks.", flag_values=flags)
+    f.DEFINE_integer(
+        "batch_size", 0, "Rows at once; 0 is as in training, 16 for tasks, 4 for needles.", flag_values=flags
+    )
 
 
 def _eval(flags: FlagValues, rest: list[str]) -> None:
@@ -333,7 +337,7 @@ def _eval(flags: FlagValues, rest: list[str]) -> None:
 
     names = [field.name for field in dataclasses.fields(EvalConfig)]
     values: dict[str, Any] = {name: getattr(flags, name) for name in names}
-    if wrong := [length for length in flags.needle_lengths if not length.isdigit()]:
+    if wrong := [length for length in flags.needle_lengths if not (length.isascii() and length.isdigit())]:
         raise UserError(f"--needle_lengths={wrong[0]!r} should be numbers of tokens, such as 512,1024")
     lists = {"files": flags.files, "tasks": flags.tasks, "needle_lengths": map(int, flags.needle_lengths)}
     config = EvalConfig(**(values | {name: tuple(items) for name, items in lists.items()}))

@@ -90,6 +90,17 @@ def test_a_byte_fallback_tokenizer_spells_what_it_does_not_know(tmp_path):
     assert not tokenizer.lossless  # the mark itself comes back as a space
 
 
+def test_added_tokens_of_spaces_are_spaces(tmp_path):
+    """Gemma has runs of spaces as added tokens, spelt with the mark."""
+    library = byte_fallback()
+    library.add_tokens([tokenizers.AddedToken("\u2581\u2581", normalized=True)])
+    tokenizer = import_tokenizer(folder_of(library, tmp_path, bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
+    ids = tokenizer.encode("the  fox")
+    assert library.token_to_id("\u2581\u2581") in ids
+    assert tokenizer.decode_bytes(ids) == b"the  fox"
+    assert tokenizer.token_bytes()[ids].sum() == 8
+
+
 def test_what_is_saved_in_a_workdir_is_the_same_tokenizer(gpt_like, tmp_path):
     tokenizer = import_tokenizer(gpt_like)
     tokenizer.save(tmp_path / "tokenizer.model")

@@ -13,6 +13,9 @@ import pytest
 import llmlab
 from llmlab import cli
 from llmlab.core.errors import EXIT_USER_ERROR
+from llmlab.eval.command import EvalConfig, eval_command
+from llmlab.eval.quantisation import quantise_command
+from llmlab.model.quantise import QuantiseConfig
 from llmlab.report.page import verbatim
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -172,6 +175,18 @@ def test_quantise_says_what_it_saves_and_costs(workdir: Path, capsys: pytest.Cap
     assert re.search(r"logits +differ by \d+\.\d\d%", out)
     assert re.search(r"bits per byte +\d\.\d{4}, [+-]0\.\d{4} quantised", out)
     assert sorted(workdir.rglob("*")) == before
+
+
+def test_quantise_measures_what_eval_does(workdir: Path, tmp_path: Path):
+    """On documents that share rows with each other and with padding."""
+    text = tmp_path / "short.jsonl"
+    text.write_text("".join(json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n"}) + "\n" for i in range(3)))
+    opened, on = llmlab.open(workdir), EvalConfig(source="jsonl", files=(str(text),), batch_size=8)
+    found = quantise_command(opened, QuantiseConfig(8), on, quiet=True)
+    expected = eval_command(opened, tmp_path, on, quiet=True)["held_out"]
+    assert found["bits_per_byte"] == pytest.approx(expected["bits_per_byte"], rel=1e-6)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert 0 < found["logits"] < 0.05
 
 
 def test_report_is_one_page_that_needs_nothing_else(workdir: Path, capsys: pytest.CaptureFixture[str]):

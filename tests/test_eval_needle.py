@@ -51,6 +51,20 @@ def test_a_needle_is_found_as_far_back_as_the_model_looks():
     assert "at depth 100%      100%    100%" in text_table(near)
 
 
+class SpaceFirst:
+    """As SentencePiece with add_dummy_prefix (Llama 2, Mistral): a text begins with a space that is not there."""
+
+    bos_id, vocab_size = TOKENIZER.bos_id, TOKENIZER.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return TOKENIZER.encode(" " + text)
+
+
+def test_the_answer_is_spelt_as_it_goes_on_in_the_text():
+    config = NeedleConfig(lengths=(200,), depths=2, samples=2)
+    assert needle(copier(reach=512), {}, SpaceFirst(), HAY, config)["found"] == [[1.0], [1.0]]
+
+
 def test_each_sample_hides_another_needle_and_a_seed_repeats_them():
     config = NeedleConfig(lengths=(200,), depths=1, samples=8)
     half = dataclasses.replace(config, seed=3)

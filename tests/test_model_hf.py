@@ -140,6 +140,18 @@ SETTINGS = {
     "no width": (lambda folder: edit(folder, hidden_size="absent"), "has no hidden_size"),
     "a width that is text": (lambda folder: edit(folder, hidden_size="32"), 'hidden_size="32"'),
     "an unknown activation": (lambda folder: edit(folder, hidden_act="relu2"), "hidden_act"),
+    "a width with a fraction": (lambda folder: edit(folder, hidden_size=32.0), "hidden_size=32.0"),
+    "a width that is a list": (lambda folder: edit(folder, hidden_size=[32]), "hidden_size=[32]"),
+    "a width that is nothing": (lambda folder: edit(folder, hidden_size=None), "hidden_size=null"),
+    "no positions": (lambda folder: edit(folder, max_position_embeddings=None), "max_position_embeddings=null"),
+    "an activation that is a list": (lambda folder: edit(folder, hidden_act=["silu"]), 'hidden_act=["silu"]'),
+    "a bias that is text": (lambda folder: edit(folder, attention_bias="no"), 'attention_bias="no"'),
+    "a base that is text": (lambda folder: edit(folder, rope_parameters=None, rope_theta="abc"), 'rope_theta="abc"'),
+    "scaling that is text": (
+        lambda folder: edit(folder, rope_parameters=None, rope_scaling="linear"),
+        'rope_scaling="linear"',
+    ),
+    "a kind that is a list": (lambda folder: edit(folder, model_type=["llama"]), "model_type=['llama']"),
     "exact gelu": (lambda folder: edit(folder, hidden_act="gelu"), 'hidden_act="gelu" is not supported'),
     "dynamic rope": (
         lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),

@@ -59,11 +59,11 @@ def numpy_latent_attention(config: ModelConfig, x_TD: np.ndarray, w: dict, angle
             return x @ weight + (0.0 if bias is None else bias)
         return x @ weight[:, head] + (0.0 if bias is None else bias[head])
 
-    latent_TR = normed(product(x_TD, "latent_DR"), w["latent_norm"]["scale"], config.norm_epsilon)
+    latent_TR = normed(product(x_TD, "latent_DR"), w["latent_norm"]["scale"], 1e-6)
     shared_TH = turned(product(x_TD, "turned_key_DH"), angle_TI, magnitude)
     query_TR, name = x_TD, "query_DNH"
     if latent.q_rank:
-        query_TR = normed(product(x_TD, "query_DR"), w["query_norm"]["scale"], config.norm_epsilon)
+        query_TR = normed(product(x_TD, "query_DR"), w["query_norm"]["scale"], 1e-6)
         name = "query_RNH"
     out_TD = np.zeros_like(x_TD) + w.get("out_NHD_bias", 0.0)
     for head in range(config.heads):

@@ -10,13 +10,14 @@ import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
+from llmlab.eval.quantisation import logit_error
 from llmlab.model import weights
 from llmlab.model.cost import tree_bytes
 from llmlab.model.matrices import leaf_at, matrices, with_leaves
-from llmlab.model.quantise import QuantiseConfig, QuantisedLeaf, quantisation_error, quantise
+from llmlab.model.quantise import QuantiseConfig, QuantisedLeaf, quantise
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs, inputs
-from tests.helpers import VOCAB, assert_close, random_params, relative, tiny_llama
+from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_llama
 
 SCHEMES = {
     "8 bits": QuantiseConfig(8),
@@ -189,30 +190,32 @@ def test_it_lies_on_a_mesh_where_the_weight_would(built):
     assert relative(jax.jit(meshed.logits)(quantised, tokens_BT), expected) < 1e-5
 
 
-def test_the_error_is_that_of_logits_and_of_nats(built):
+def test_the_error_is_that_of_the_logits_of_targets(built):
     model, params = built
     quantised = quantise(model, params, SCHEMES["4 bits, groups of 8"])
-    tokens_BT = np.asarray(jax.random.randint(jax.random.key(4), (3, 8), 0, VOCAB))
-    bytes_V = np.arange(VOCAB)
-    found = quantisation_error(model, params, quantised, tokens_BT, bytes_V)
-    right, wrong = (np.asarray(jax.jit(model.logits)(p, tokens_BT), np.float64) for p in (params, quantised))
+    batch = packed_batch(rows=3, length=8)
+    found = logit_error(model, params, quantised, batch)
 
-    def nats(logits_BTV):
-        total = 0.0
-        for row, tokens_T in enumerate(tokens_BT):
-            for t in range(7):
-                total += np.log(np.exp(logits_BTV[row, t]).sum()) - logits_BTV[row, t, tokens_T[t + 1]]
-        return total
+    def logits(params):
+        inputs = Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        hidden_BTD = jax.jit(model.apply)(params, inputs).hidden_BTD
+        return np.asarray(hidden_BTD, np.float64) @ np.asarray(model.head(params), np.float64)
 
-    bits = math.log(2) * sum(bytes_V[tokens_T[t]] for tokens_T in tokens_BT for t in range(1, 8))
-    assert found["logits"] == pytest.approx(relative(wrong, right), rel=1e-4)
-    assert found["logits"] > 0.01
-    assert found["nats"] == pytest.approx(nats(right) / 21, rel=1e-5)
-    assert found["nats_difference"] == pytest.approx((nats(wrong) - nats(right)) / 21, rel=1e-3)
-    assert found["bits_per_byte"] == pytest.approx(nats(right) / bits, rel=1e-5)
-    assert found["bits_per_byte_difference"] == pytest.approx((nats(wrong) - nats(right)) / bits, rel=1e-3)
-    none = quantisation_error(model, params, params, tokens_BT)
-    assert (none["logits"], none["nats_difference"]) == (0, 0)
+    counted = batch.mask_BT > 0
+    assert not counted.all()
+    assert found == pytest.approx(relative(logits(quantised)[counted], logits(params)[counted]), rel=1e-4)
+    assert found > 0.01
+    assert logit_error(model, params, params, batch) == 0
+
+
+def test_the_matrices_it_is_made_from_can_be_released(built):
+    model, params = built
+    mine = jax.tree.map(jnp.array, params)
+    quantised = quantise(model, mine, SCHEMES["4 bits, groups of 8"], release=True)
+    assert leaf_at(mine, "layers.0.mlp.up_DF").is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(quantised))
+    expected = quantise(model, params, SCHEMES["4 bits, groups of 8"])
+    assert all(map(np.array_equal, jax.tree.leaves(quantised), jax.tree.leaves(expected)))
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,30 @@ def test_a_tokenizer_of_more_ids_than_the_model_is_refused(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+def test_special_tokens_beyond_the_model_s_are_let_be(tmp_path):
+    """As in Gemma 3's small models, whose tokenizer knows images."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the extra hf installs it")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(["ab"], trainer)
+    size = library.get_vocab_size()
+    library.add_special_tokens(["<image>"])
+    model = make_model(tiny_llama(vocab_size=size))
+    hf.save(model, random_params(model), tmp_path / "model")
+    library.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    convert(tmp_path / "model", tmp_path / "work")
+    assert llmlab.open(tmp_path / "work").tokenizer.vocab_size == size + 1
+
+
 @pytest.mark.parametrize(
     "readme, said",
     [
+        ("---\nlicense:\n- apache-2.0\n- mit\n---\n", "apache-2.0"),
+        ("---\nlicense:\nlanguage: en\n---\n", ""),
         ("---\nlicense: mit\n---\n", "mit"),
         ("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n", "llama3"),
         ("# no header\nlicense: mit\n", ""),

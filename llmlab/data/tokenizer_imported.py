@@ -61,7 +61,7 @@ class ImportedTokenizer:
                 f"tokenizer.json of kind {description['model'].get('type')} is not supported: only byte BPE"
             )
         self._bytes = [
-            b"" if id in special else plain[id].encode() if id in plain else to_bytes(name)
+            b"" if id in special else plain[id].encode() if id in plain and to_bytes is _byte_level else to_bytes(name)
             for id, name in enumerate(self._names)
         ]
         self.fingerprint = hashlib.sha256(self._saved()).hexdigest()

@@ -17,7 +17,7 @@ from llmlab.data.prepare import prepare_parts
 from llmlab.data.progress import shown
 from llmlab.data.sources import Report, Split, documents
 from llmlab.eval.baselines import xz_bits_per_byte
-from llmlab.eval.held_out import make_evaluator
+from llmlab.eval.held_out import Evaluate, make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
 from llmlab.eval.needle import NeedleConfig, needle, text_table
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
@@ -27,6 +27,7 @@ from llmlab.workdir.metrics import strict
 from llmlab.workdir.open import Opened
 
 XZ_BYTES = 16 * 2**20
+LONGEST_UNASKED = 8192
 BASELINE = "xz_bits_per_byte"
 SPLITS: tuple[Split, ...] = ("held_out", "train", "all")
 
@@ -42,8 +43,8 @@ class EvalConfig:
     else from the task's other rows. limit: the first so many rows of each task; 0 is all.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
     needle: whether to hide sentences in the text and ask for them, see `llmlab.eval.needle`. needle_lengths: tokens of
-    the prompts; empty: four lengths up to what the positions reach. needle_depths, needle_samples: so many.
-    batch_size: rows at once; 0 is as many as in training, and 16 for tasks.
+    the prompts; empty: four lengths, up to what the positions reach or 8,192. needle_depths, needle_samples: so many.
+    batch_size: rows at once; 0 is as many as in training, 16 for tasks, 4 for needles.
     """
 
     held_out: bool = True
@@ -136,16 +137,14 @@ def keep_results(workdir: str | os.PathLike[str], results: dict[str, Any]) -> No
 
 def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
     """Loss, perplexity and bits per byte of the text that `config` names, what it is, and what `xz -9` makes of it."""
-    model, partition = opened.model, opened.model.partition
+    partition = opened.model.partition
     data, split = text_of(opened.config, config)
     if partition is not None:
         devices = partition.size("batch")
         data = dataclasses.replace(data, batch_size=-(-data.batch_size // devices) * devices)
     parts = prepare_parts(data, opened.tokenizer, split, progress=not quiet)
     stores = [store for store, _ in parts]
-    name = opened.config["objective"]["name"]
-    objective = from_config_dict(OBJECTIVES[name], opened.config["objective"], "objective")
-    evaluate = make_evaluator(objective.make(model, opened.tokenizer.token_bytes()), partition)
+    evaluate = evaluator_of(opened)
     sharding = None if partition is None else partition.sharding("batch", "time")
     rows = evaluation_rows(data, parts)
     with shown("evaluating rows", rows, not quiet, in_bytes=False) as advance:
@@ -167,12 +166,21 @@ def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict
     }
 
 
+def evaluator_of(opened: Opened) -> Evaluate:
+    """What measures the loss that the run was trained on."""
+    name = opened.config["objective"]["name"]
+    objective = from_config_dict(OBJECTIVES[name], opened.config["objective"], "objective")
+    return make_evaluator(objective.make(opened.model, opened.tokenizer.token_bytes()), opened.model.partition)
+
+
 def find_needles(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
     """The tables of `llmlab.eval.needle`, in the text that `config` names."""
-    longest = opened.model.config.max_positions
+    longest = min(opened.model.config.max_positions, LONGEST_UNASKED)
     lengths = config.needle_lengths or tuple(sorted({length for i in range(4) if (length := longest >> i) >= 128}))
     lengths = lengths or (longest,)
-    settings = NeedleConfig(lengths, config.needle_depths, config.needle_samples, config.seed)
+    settings = NeedleConfig(
+        lengths, config.needle_depths, config.needle_samples, config.seed, config.batch_size or NeedleConfig.batch_size
+    )
     haystack: list[int] = []
     data, split = text_of(opened.config, config)
     for document in documents(data, split, Report()):

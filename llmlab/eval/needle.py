@@ -114,8 +114,10 @@ def _prompt(
     """(prompt, answer), together `length` + 1 tokens: the last one is only predicted."""
     place, number = str(rng.choice(PLACES)), int(rng.integers(10_000, 100_000))
     hidden = tokenizer.encode(NEEDLE.format(place=place, number=number))
-    question = tokenizer.encode(QUESTION.format(place=place))
-    answer = tokenizer.encode(f" {number}")
+    # What follows the question in one text: encoded alone, many tokenizers would begin the answer as they do a text.
+    alone, asked = (tokenizer.encode(QUESTION.format(place=place) + more) for more in ("", f" {number}"))
+    shared = next((i for i, pair in enumerate(zip(alone, asked, strict=False)) if pair[0] != pair[1]), len(alone))
+    question, answer = asked[:shared], asked[shared:]
     room = length - len(hidden) - len(question) - len(answer)
     begin = int(rng.integers(len(haystack) - room + 1))
     hay = list(haystack[begin : begin + room])

@@ -141,7 +141,10 @@ class AdaptedLeaf:
         The norm counts as a constant (section 4.3): its gradient costs memory and changes little.
         """
         norms_O = jax.lax.stop_gradient(self).norms_O()
-        return self.update.magnitude.reshape(norms_O.shape) / norms_O
+        # A column of zeros stays one.
+        return jnp.where(
+            norms_O == 0, 0, self.update.magnitude.reshape(norms_O.shape) / jnp.where(norms_O == 0, 1, norms_O)
+        )
 
     def _matrices(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """W, A and B as [*stack, I, O], [*stack, I, rank] and [*stack, rank, O], in at least float32."""
@@ -152,8 +155,8 @@ class AdaptedLeaf:
         return w_IO, a.astype(dtype).reshape(*stack, -1, rank), b.astype(dtype).reshape(*stack, rank, -1)
 
 
-def frozen_base(model: Model, params: Params, config: AdapterConfig) -> Params:
-    """`params` as they stand under the adapter: quantised where `config.base_bits` says so.
+def frozen_base(model: Model, params: Params, config: AdapterConfig, *, release: bool = False) -> Params:
+    """`params` as they stand under the adapter: quantised where `config.base_bits` says so; `release` as in `quantise`.
 
     Raises:
       UserError: they cannot be.
@@ -161,7 +164,7 @@ def frozen_base(model: Model, params: Params, config: AdapterConfig) -> Params:
     if not config.base_bits:
         return params
     try:
-        return quantise(model, params, QuantiseConfig(config.base_bits, config.base_group))
+        return quantise(model, params, QuantiseConfig(config.base_bits, config.base_group), release=release)
     except UserError as error:
         raise UserError(
             f"adapter.base_bits={config.base_bits}, adapter.base_group={config.base_group}: {error}"

@@ -4,12 +4,15 @@ model, params = hf.load("path/to/Llama-3.2-1B")
 hf.save(model, params, "out/folder")
 """
 
+import collections
 import dataclasses
 import functools
 import json
 import logging
 import os
 import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +30,8 @@ from llmlab.model.cost import abstract_params
 from llmlab.model.families import FAMILIES, Family
 from llmlab.model.hf_config import USUAL, Keys, assembled
 from llmlab.model.hf_files import Tensors, read_json, write_tensors
-from llmlab.model.hf_weights import Place, get, places
+from llmlab.model.hf_weights import Place, places
+from llmlab.model.matrices import leaf_at
 from llmlab.model.rope import RopeConfig
 from llmlab.model.routing import ExpertsConfig
 from llmlab.model.ssm import SsmConfig
@@ -78,7 +82,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
             "transformers and save that"
         )
     reader = Keys(keys)
-    fields = _fields(family, reader)
+    fields = reader.fields(family.config)
     if unread := reader.unread():
         raise UserError(
             f"{folder}/config.json: {unread[0]}={json.dumps(keys[unread[0]])} is not known for {family.model_type}, "
@@ -97,7 +101,7 @@ def family_of(keys: dict[str, Any]) -> Family:
     """
     name = keys.get("model_type")
     known = {family.model_type: family for family in FAMILIES}
-    if name not in known:
+    if str(name) not in known:
         raise UserError(f"config.json: model_type={name!r} is not supported: {nearest(str(name), known)}")
     family, architectures = known[str(name)], keys.get("architectures") or []
     if architectures and family.architecture not in architectures and not architectures[0].endswith("Model"):
@@ -105,19 +109,13 @@ def family_of(keys: dict[str, Any]) -> Family:
     return family
 
 
-def _fields(family: Family, keys: Keys) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for part in family.config:
-        fields |= part.read(keys)
-    return fields
-
-
 def load_weights(folder: Path, family: Family, model: Model) -> Params:
     """The weights in `folder`, as `model` has them."""
     tensors, wanted = Tensors(folder), places(model, family.weights)
     named = _with_prefix(tensors.names, wanted)
     tied = {"lm_head.weight"} if model.config.tied_embedding else set()
-    unused = {name: reason for name in named if (reason := _why_unused(name, family, folder, model.config.layers))}
+    extra = read_json(folder / "config.json").get(family.extra_layers) or 0
+    unused = {name: reason for name in named if (reason := _why_unused(name, family, model.config.layers, extra))}
     for reason in sorted(set(unused.values())):
         count = sum(why == reason for why in unused.values())
         log.warning("%s: not read: %d tensor%s: %s", folder, count, "s" * (count > 1), reason)
@@ -136,16 +134,14 @@ def load_weights(folder: Path, family: Family, model: Model) -> Params:
     return params
 
 
-def _why_unused(name: str, family: Family, folder: Path, layers: int) -> str:
-    """What a tensor is that inference does not use; "" for any other."""
+def _why_unused(name: str, family: Family, layers: int, extra: int) -> str:
+    """What a tensor is that inference does not use; "" for any other. `extra` layers may lie behind the last."""
     for pattern, reason in family.unused.items():
         if re.fullmatch(pattern, name):
             return reason
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if family.extra_layers and layer:
-        extra = read_json(folder / "config.json").get(family.extra_layers) or 0
-        if layers <= int(layer[1]) < layers + extra:
-            return f"layers behind the last, which {family.extra_layers}={extra} counts: they predict further tokens"
+    if layer and layers <= int(layer[1]) < layers + extra:
+        return f"layers behind the last, which {family.extra_layers}={extra} counts: they predict further tokens"
     return ""
 
 
@@ -156,10 +152,14 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     shard_bytes: int = 2 * 2**30,
+    beside: Iterable[Path] = (),
 ) -> Family:
     """Writes a folder that `transformers` and `load` read, whole or not at all; the family it is of.
 
+    Every process of several hosts calls this; the first one writes.
+
     Args:
+      beside: files that are copied into the folder, such as a licence.
       tokenizer: saved beside the weights; the ids it begins and ends documents with go into config.json.
       shard_bytes: of one file; larger models are written in several, with an index.
 
@@ -170,13 +170,20 @@ def save(
     check_free(target)
     family, keys = config_for(model.config)
     wanted = places(model, family.weights)
+    tensors = ((name, _theirs(params, place)) for name, place in wanted.items())
+    if jax.process_index():
+        collections.deque(tensors, maxlen=0)
+        return family
     with new_folder(target) as partial:
         content = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
         content["dtype"] = model.config.param_dtype
         if tokenizer is not None:
             content |= export_tokenizer(tokenizer, partial)
         write_atomic(partial / "config.json", json.dumps(content, indent=2).encode() + b"\n")
-        write_tensors(partial, ((name, _theirs(params, place)) for name, place in wanted.items()), shard_bytes)
+        for file in beside:
+            if not (partial / file.name).exists():
+                shutil.copyfile(file, partial / file.name)
+        write_tensors(partial, tensors, shard_bytes)
     return family
 
 
@@ -193,7 +200,7 @@ def config_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         try:
             for part in family.config:
                 keys |= part.write(config)
-            found = identity(assembled(_fields(family, Keys(keys))))
+            found = identity(assembled(Keys(keys).fields(family.config)))
         except UserError as error:
             differences[family.model_type] = [str(error)] * len(wanted)
             continue
@@ -275,14 +282,14 @@ def _empty(model: Model) -> Params:
 def _put(params: Params, model: Model, path: str, index: tuple[int, ...], part: np.ndarray) -> None:
     """Writes one layer of a leaf, in place."""
     *way, last = path.split(".")
-    holder = get(params, ".".join(way))
+    holder = leaf_at(params, ".".join(way))
     stored = holder[last].dtype
     if not index:
         del holder[last]  # a leaf of one tensor is that tensor: its place is given up before the tensor comes
     if model.partition is None:
         piece = jnp.asarray(part)
     else:
-        axes = get(model.axes, path)[len(index) :]
+        axes = leaf_at(model.axes, path)[len(index) :]
         sharding = model.partition.sharding(*axes)
         piece = jax.make_array_from_callback(part.shape, sharding, lambda place: part[place])
     if not index:
@@ -298,5 +305,5 @@ def _written(stack: jax.Array, piece: jax.Array, index: jax.Array, dims: int) ->
 
 
 def _theirs(params: Params, place: Place) -> np.ndarray:
-    leaves = [fetch(get(params, path)[index] if index else get(params, path)) for path, index, _ in place.leaves]
+    leaves = [fetch(leaf_at(params, path)[index]) for path, index, _ in place.leaves]
     return place.rule.joined(leaves)

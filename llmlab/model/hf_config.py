@@ -7,7 +7,7 @@ has read is an error, unless it is known to change no logit.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -28,10 +28,21 @@ IGNORED = {
     *("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "tokenizer_class"),
     *("n_ctx", "summary_type", "summary_use_proj", "summary_activation", "summary_first_dropout"),
     *("summary_proj_to_labels", "reorder_and_upcast_attn", "use_bfloat16", "is_decoder", "tie_encoder_decoder"),
+    *("_attn_implementation_autoset", "attn_implementation_internal"),
     *("router_aux_loss_coef", "router_jitter_noise", "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size"),
 }
 
 USUAL = ModelConfig()
+
+
+class Part(Protocol):
+    """Some keys of a config.json, and the settings that they are."""
+
+    def read(self, keys: "Keys") -> dict[str, Any]:
+        """Fields of ModelConfig; those of one of its sections by their dotted names, such as "experts.count"."""
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """Keys of config.json."""
 
 
 class Keys:
@@ -39,27 +50,34 @@ class Keys:
 
     def __init__(self, keys: Mapping[str, Any]):
         self._keys, self._read = keys, set[str]()
+        self.latest = ""
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
         """The value of this key, or the default where the key is not there."""
         self._read.add(name)
+        self.latest = name if name in self._keys else self.latest
         if name not in self._keys and default is REQUIRED:
             raise UserError(f"config.json has no {name}: is the file whole?")
         return self._keys.get(name, default)
 
+    def fields(self, parts: Iterable[Part]) -> dict[str, Any]:
+        """What the parts read, together.
+
+        Raises:
+          UserError: a key that is missing, or whose value no part can make sense of.
+        """
+        found: dict[str, Any] = {}
+        for part in parts:
+            try:
+                found |= part.read(self)
+            except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+                value = json.dumps(self._keys.get(self.latest))
+                raise UserError(f"config.json: {self.latest}={value} is no value of its kind") from None
+        return found
+
     def unread(self) -> list[str]:
         """The keys that nothing has read and that may change the numbers."""
         return sorted(set(self._keys) - self._read - IGNORED)
-
-
-class Part(Protocol):
-    """Some keys of a config.json, and the settings that they are."""
-
-    def read(self, keys: Keys) -> dict[str, Any]:
-        """Fields of ModelConfig; those of one of its sections by their dotted names, such as "experts.count"."""
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Keys of config.json."""
 
 
 def assembled(fields: Mapping[str, Any]) -> ModelConfig:
@@ -88,10 +106,16 @@ class Same(NamedTuple):
         value = keys.take(self.also, None) if self.also else None
         value = keys.take(self.theirs, self.default if value is None else value)
         usual = attrgetter(self.ours)(USUAL)
+        if value is None and (self.default is REQUIRED):
+            raise ValueError(value)
         if value is None:
             return {self.ours: usual}
-        if isinstance(value, str) or isinstance(value, bool) != isinstance(usual, bool):
-            raise UserError(f"config.json: {self.theirs}={json.dumps(value)} is no value of its kind")
+        if isinstance(usual, bool) or isinstance(value, bool):
+            fits = isinstance(usual, bool) and isinstance(value, bool)
+        else:
+            fits = isinstance(value, int if isinstance(usual, int) else int | float)
+        if not fits:
+            raise ValueError(value)
         return {self.ours: float(value) if isinstance(usual, float) else value}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -172,7 +196,7 @@ class Biases(NamedTuple):
     mlp: bool = False
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        attention, mlp = keys.take("attention_bias", False), self.mlp and keys.take("mlp_bias", False)
+        attention, mlp = (_switch(keys, "attention_bias"), self.mlp and _switch(keys, "mlp_bias"))
         if mlp and not attention:
             raise UserError("config.json: mlp_bias=true without attention_bias is not supported: nothing here has it")
         return {"bias": mlp, "attention_bias": "qkvo" if attention and not mlp else "none"}
@@ -180,6 +204,12 @@ class Biases(NamedTuple):
     def write(self, config: ModelConfig) -> dict[str, Any]:
         attention = config.bias or config.attention_bias == "qkvo"
         return {"attention_bias": attention} | ({"mlp_bias": config.bias} if self.mlp else {})
+
+
+def _switch(keys: Keys, name: str) -> bool:
+    if not isinstance(value := keys.take(name, False), bool):
+        raise ValueError(value)
+    return value
 
 
 class QueryScale(NamedTuple):
@@ -242,6 +272,14 @@ def shortest_period(kinds: list[str]) -> tuple[str, ...]:
     raise UserError("config.json: num_hidden_layers should be at least 1")
 
 
+def _expected(keys: Keys, name: str, kinds: Any, default: Any = None) -> Any:
+    """The value of a key, which is of these kinds."""
+    value = keys.take(name, default)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise UserError(f"config.json: {name}={json.dumps(value)} is no value of its kind")
+    return value
+
+
 class Rope(NamedTuple):
     """Rotary positions, spelt rope_parameters or, before transformers 5, rope_theta and rope_scaling.
 
@@ -256,9 +294,9 @@ class Rope(NamedTuple):
     local_base: float = 10_000.0
 
     def read(self, keys: Keys) -> dict[str, Any]:
-        given = keys.take("rope_parameters", None)
-        old, scaling = keys.take("rope_theta", None), keys.take("rope_scaling", None)
-        positions = keys.take("max_position_embeddings")
+        given, scaling = (_expected(keys, name, dict | None) for name in ("rope_parameters", "rope_scaling"))
+        old = _expected(keys, "rope_theta", int | float | None)
+        positions = _expected(keys, "max_position_embeddings", int, REQUIRED)
         local_given: Mapping[str, Any] = {}
         local = keys.take("rope_local_base_freq", self.local_base) if self.by_kind else 0.0
         if self.by_kind and given:
@@ -320,7 +358,9 @@ def read_scaling(given: dict[str, Any], base: float, positions: int) -> dict[str
     if kind not in ("linear", "yarn", "llama3"):
         raise UserError(f"config.json: rope_type={kind!r} is not supported: choose default, linear, yarn or llama3")
     rope: dict[str, Any] = {"base": base, "scaling": kind}
-    if kind != "linear":
+    if kind == "linear":
+        given.pop("original_max_position_embeddings", None)  # saved with it, and read by nothing
+    else:
         rope["original_positions"] = given.pop("original_max_position_embeddings", positions)
     rope["factor"] = float(given.pop("factor", positions / rope.get("original_positions", positions)))
     if kind == "yarn":

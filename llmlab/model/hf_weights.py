@@ -7,7 +7,7 @@ serves a family's variants.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -156,10 +156,3 @@ def linear(
         Rule(f"{theirs}.weight", ours, turned, dims_in, join),
         Rule(f"{theirs}.bias", tuple(f"{name}_bias" for name in ours), dims_in=0, join=join),
     )
-
-
-def get(tree: Any, path: str) -> Any:
-    """The leaf at a dotted path."""
-    for name in path.split("."):
-        tree = tree[name]
-    return tree

@@ -17,6 +17,9 @@ from llmlab.model.layers import Attention
 from llmlab.model.rope import Rotary, rotate
 from llmlab.model.types import Inputs
 
+# Of the latents' norms in DeepSeek's code, whatever rms_norm_eps is.
+LATENT_EPSILON = 1e-6
+
 
 class LatentAttention(Attention):
     """Attention whose cache keeps the normalised latent and the turned shared key of each token, and nothing else.
@@ -91,4 +94,4 @@ class LatentAttention(Attention):
         return self.constrain(k_BSNH, *whole), self.constrain(v_BSNH, *whole)
 
     def _norm(self, name: str) -> Norm:
-        return Norm(self.config, self.partition, self.stack, name=name)
+        return Norm(self.config, self.partition, self.stack, epsilon=LATENT_EPSILON, name=name)

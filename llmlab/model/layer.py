@@ -82,10 +82,11 @@ class Norm(Layer):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over the last axis."""
 
     kind: str = "rmsnorm"
+    epsilon: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
+        width, epsilon = x.shape[-1], self.config.norm_epsilon if self.epsilon is None else self.epsilon
         x_ = x.astype(accumulation_dtype(x.dtype))
         init = nn.initializers.zeros if self.config.norm_from_zero else nn.initializers.ones
         scale = weights.dense(self.weight("scale", init, (width,), ("norm",)), x_.dtype)
@@ -93,7 +94,7 @@ class Norm(Layer):
             scale = 1 + scale
         if self.kind == "layernorm":
             x_ = x_ - jnp.mean(x_, axis=-1, keepdims=True)
-        x_ = x_ * jax.lax.rsqrt(jnp.mean(jnp.square(x_), axis=-1, keepdims=True) + self.config.norm_epsilon)
+        x_ = x_ * jax.lax.rsqrt(jnp.mean(jnp.square(x_), axis=-1, keepdims=True) + epsilon)
         out = x_ * _last_axis(scale, x.ndim)
         if self.kind == "layernorm" and self.config.bias:
             bias = weights.dense(self.weight("bias", nn.initializers.zeros, (width,), ("norm",)), x_.dtype)

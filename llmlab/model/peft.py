@@ -111,8 +111,10 @@ def load_peft(model: Model, folder: str | os.PathLike[str]) -> tuple[Adapter, Ad
     """
     folder = Path(folder)
     about, tensors = _read(folder)
-    kind, rank = "dora" if about.get("use_dora") else "lora", about["r"]
-    config = AdapterConfig(kind, rank, float(about["lora_alpha"]), bool(about.get("use_rslora")))  # type: ignore[arg-type]
+    kind, rank, alpha = "dora" if about.get("use_dora") else "lora", about.get("r"), about.get("lora_alpha")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise UserError(f"{folder / CONFIG} has r={rank!r} and lora_alpha={alpha!r}: they should be numbers")
+    config = AdapterConfig(kind, rank, float(alpha), bool(about.get("use_rslora")))  # type: ignore[arg-type]
     known, shapes = matrices(model), abstract_params(model)
     found: dict[str, list[tuple[np.ndarray, ...]]] = {}
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from llmlab.core.arrays import accumulation_dtype
 from llmlab.core.errors import UserError
@@ -110,10 +109,10 @@ class QuantisedLeaf:
         return jax.checkpoint(times)(x_MI, self)
 
 
-def quantise(model: Model, params: Params, config: QuantiseConfig) -> Params:
+def quantise(model: Model, params: Params, config: QuantiseConfig, *, release: bool = False) -> Params:
     """`params` with a `QuantisedLeaf` for every matrix that `config` includes; all else is shared, not copied.
 
-    Scales have the dtype of the weight.
+    Scales have the dtype of the weight. `release` deletes each matrix once it is quantised: `params` are used up.
 
     Raises:
       UserError: the group does not divide the inputs of a matrix, or 4 bits would leave half a byte.
@@ -135,7 +134,9 @@ def quantise(model: Model, params: Params, config: QuantiseConfig) -> Params:
             shardings = model.partition.sharding(*matrix.axes), model.partition.sharding(*of_scales)
             placed = jax.device_put((found.values, found.scales), shardings)
             found = dataclasses.replace(found, values=placed[0], scales=placed[1])
-        leaves[path] = found
+        leaves[path] = jax.block_until_ready(found) if release else found
+        if release:
+            leaf.delete()
     return with_leaves(params, leaves)
 
 
@@ -154,36 +155,3 @@ def _quantised(leaf: jax.Array, bits: int, group: int, stack: int, dims_in: int)
         values = (first & 15) | (second << 4)
     scales = scales.reshape(*lead, -1, *outside)
     return QuantisedLeaf(values, scales, bits, dims_in, len(outside))
-
-
-def quantisation_error(
-    model: Model, params: Params, quantised: Params, tokens_BT: ArrayLike, token_bytes_V: ArrayLike | None = None
-) -> dict[str, float]:
-    """What `quantised` changes on these rows, each one whole document.
-
-    logits: |difference| / |logits|, over all of them. nats: of `params`, for each token from those before it.
-    nats_difference: how many more `quantised` has. With the bytes of text behind each token, the same two as
-    bits_per_byte and bits_per_byte_difference.
-    """
-
-    def read(params: Params, tokens_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_TV = model.logits(params, tokens_T[None])[0]
-        logp_TV = jax.nn.log_softmax(logits_TV[:-1])
-        return logits_TV, -jnp.sum(jnp.take_along_axis(logp_TV, tokens_T[1:, None], axis=-1))
-
-    @jax.jit
-    def sums(params: Params, quantised: Params, tokens_BT: jax.Array) -> tuple[jax.Array, ...]:
-        def of_row(tokens_T: jax.Array) -> tuple[jax.Array, ...]:
-            (logits_TV, nats), (other_TV, other_nats) = read(params, tokens_T), read(quantised, tokens_T)
-            return jnp.sum(jnp.square(other_TV - logits_TV)), jnp.sum(jnp.square(logits_TV)), nats, other_nats
-
-        return jax.lax.map(of_row, tokens_BT)
-
-    tokens_BT = np.asarray(tokens_BT, np.int32)
-    wrong, right, nats, other = (float(np.asarray(x, np.float64).sum()) for x in sums(params, quantised, tokens_BT))
-    count = tokens_BT[:, 1:].size
-    found = {"logits": math.sqrt(wrong / right), "nats": nats / count, "nats_difference": (other - nats) / count}
-    if token_bytes_V is not None:
-        bits = math.log(2) * float(np.asarray(token_bytes_V)[tokens_BT[:, 1:]].sum())
-        found |= {"bits_per_byte": nats / bits, "bits_per_byte_difference": (other - nats) / bits}
-    return found

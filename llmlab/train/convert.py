@@ -100,7 +100,7 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
     """A workdir from open weights: `sample`, `eval` and `train --init_from` take it."""
     config, family = hf.read_config(folder)
     tokenizer = import_tokenizer(folder)
-    if tokenizer.vocab_size > config.vocab_size:
+    if any(tokenizer.token_bytes()[config.vocab_size :]):  # special tokens of other models of a family may be beyond
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}")
     model, params = hf.load(folder, dtype=dtype)
     experiment = Experiment(
@@ -120,7 +120,9 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
         tokenizer.save(workdir.tokenizer)
         facts = {"family": family.model_type, "licence": licence}
         workdir.write_config(to_json(experiment), {"source": facts, "parameters": parameter_count(params)})
-        _keep(folder, partial / SOURCE)
+        (partial / SOURCE).mkdir()
+        for path in _kept(folder):
+            shutil.copyfile(path, partial / SOURCE / path.name)
         _save(workdir, params)
     return _summary(parameter_count(params), family.model_type, licence, tokenizer, target)
 
@@ -129,9 +131,7 @@ def to_folder(source: Path, target: Path) -> str:
     """A folder that `transformers` reads, from a workdir's last good checkpoint, an adapter merged into its weights."""
     opened = open_workdir(source)
     params = weights.whole(opened.params)
-    family = hf.save(opened.model, params, target, tokenizer=opened.tokenizer)
-    if (source / SOURCE).is_dir():
-        _keep(source / SOURCE, target)
+    family = hf.save(opened.model, params, target, tokenizer=opened.tokenizer, beside=_kept(source / SOURCE))
     licence = licence_of(target)
     return _summary(parameter_count(params), family.model_type, licence, opened.tokenizer, target)
 
@@ -140,7 +140,9 @@ def licence_of(folder: Path) -> str:
     """What the folder says of its licence, in README.md's header or by a file; "" where it says nothing."""
     readme = folder / "README.md"
     header = re.match(r"---\n(.*?)\n---", readme.read_text(errors="replace"), re.DOTALL) if readme.exists() else None
-    fields = dict(re.findall(r"^(licen[sc]e(?:_name|_link)?):\s*(\S+)", header[1], re.MULTILINE)) if header else {}
+    # A list of licences stands in lines below, each after a hyphen: the first is taken.
+    named_so = r"^(licen[sc]e(?:_name|_link)?):(?:[ \t]*|\s*-[ \t]+)([^\s-]\S*)"
+    fields = dict(re.findall(named_so, header[1], re.MULTILINE)) if header else {}
     named = fields.get("license_name") or fields.get("license") or fields.get("licence") or ""
     files = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern))
     return ", ".join(filter(None, (named, *files)))
@@ -153,12 +155,9 @@ def _save(workdir: Workdir, trainable: Any) -> None:
     checkpoints.close()
 
 
-def _keep(folder: Path, target: Path) -> None:
-    """Copies the licence and what else belongs to the weights."""
-    target.mkdir(exist_ok=True)
-    for path in sorted({path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()}):
-        if not (target / path.name).exists():
-            shutil.copyfile(path, target / path.name)
+def _kept(folder: Path) -> list[Path]:
+    """The licence and what else belongs to the weights."""
+    return sorted({path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()})
 
 
 def _summary(parameters: int, family: str, licence: str, tokenizer: Tokenizer, target: Path) -> str:

@@ -87,9 +87,9 @@ def _launch_claimed(
 ) -> Run:
     first, begin = jax.process_index() == 0, time.monotonic()
     progress = Progress(experiment.run.steps, quiet=not first)
-    base = _base(experiment, workdir)
+    base = together(functools.partial(_base, experiment, workdir))
     run, source = together(functools.partial(_begin, experiment, workdir, partition, progress, arguments, base))
-    _check_same_on_every_host(run)
+    _check_same_on_every_host(run, base)
     experiment, settings = run.experiment, run.experiment.run
     tokens = experiment.data.batch_size * experiment.data.sequence_length
     flops = tokens * flops_per_token(experiment.model, experiment.data.sequence_length, frozen=base is not None)
@@ -293,14 +293,17 @@ def _check_same_tokenizer(run: Run) -> None:
         )
 
 
-def _check_same_on_every_host(run: Run) -> None:
+def _check_same_on_every_host(run: Run, base: Base | None) -> None:
     """Hosts whose files, Python or caches differ would assemble one batch of several corpora, without a word."""
     if jax.process_count() == 1:
         return
-    mine = f"{data_fingerprint(run.experiment.data)} {run.tokenizer.fingerprint}"
+    mine = f"{data_fingerprint(run.experiment.data)} {run.tokenizer.fingerprint} {base.digest if base else ''}"
     hashes_P = np.asarray(process_allgather(np.uint32(zlib.crc32(mine.encode()))))
     if len(set(hashes_P.tolist())) > 1:
-        raise UserError(f"the hosts read different data or tokenizers (hashes {hashes_P.tolist()}): give all the same")
+        raise UserError(
+            f"the hosts read different data, tokenizers or frozen weights (hashes {hashes_P.tolist()}): "
+            "give all of them the same"
+        )
 
 
 def _add_seconds(workdir: Workdir, seconds: dict[str, float]) -> None:

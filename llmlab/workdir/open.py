@@ -111,7 +111,7 @@ def check_base(base: Base) -> None:
 def frozen_weights(base: Base, config: AdapterConfig, model: Model) -> Params:
     """The weights under an adapter, in the model's dtypes and shardings, quantised where `config` says so."""
     params = weights.whole(_weights(Workdir(base.workdir), base.step, model))
-    return frozen_base(model, params, config)
+    return frozen_base(model, params, config, release=True)
 
 
 def check_has_weights(path: str | os.PathLike[str]) -> None:
