@@ -199,6 +199,20 @@ def test_no_product_is_as_large_as_a_weight(kind, bits):
     assert 16 * 88 in sizes(loss, weights.whole(params)), "training all weights does: the test can fail"
 
 
+def test_a_column_of_zeros_stays_one():
+    """A pruned output has no direction, and DoRA nothing to divide by."""
+    model = model_of(tiny_llama(scan=True))
+    params = random_params(model)
+    path = "layers.0.mlp.up_DF"
+    params = with_leaves(params, {path: leaf_at(params, path).at[..., 3].set(0.0)})
+    config = AdapterConfig(kind="dora", rank=3)
+    adapter = add_adapter(model, params, config, jax.random.key(1))
+    expected = jax.jit(model.logits)(params, TOKENS_BT)
+    np.testing.assert_allclose(
+        jax.jit(model.logits)(adapted(params, adapter), TOKENS_BT), expected, rtol=1e-5, atol=1e-5
+    )
+
+
 def test_training_takes_no_memory_for_gradients_of_the_base():
     model = make_model(tiny_llama(width=64, layers=6, heads=2, kv_heads=2, mlp_width=512, scan=True))
     params, batch = random_params(model), packed_batch(rows=1, length=8)
