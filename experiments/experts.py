@@ -4,7 +4,7 @@
 
 Variants: mixtral (8 experts, 2 a token, kept even by a loss), deepseek (latent attention, 16 small experts and a shared
 one, kept even by a bias that no gradient moves), and tiny or tiny_deepseek, for seconds. `router/max_load` in the
-metrics is the busiest expert's load: 1 is even.
+metrics is the busiest expert's load: 1 is even. Not yet trained to its end.
 """
 
 from llmlab.data import text

@@ -16,6 +16,7 @@ from llmlab.model.config import LatentConfig, ModelConfig, deepseek, mixtral
 from llmlab.model.cost import abstract_params, parameter_count, product_parameters
 from llmlab.model.experts import Experts
 from llmlab.model.routing import BALANCE_LOSS, LOAD, MAX_LOAD, Z_LOSS, ExpertsConfig
+from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs, inputs
 from llmlab.objective import NextTokenConfig
@@ -249,7 +250,7 @@ def one_device(name: str):
     [
         ("deepseek", dict(scan=True, remat="dots")),
         ("gpt-oss", dict(scan=True)),
-        pytest.param("deepseek", dict(remat="full"), marks=pytest.mark.slow),
+        ("deepseek", dict(remat="full")),
     ],
     ids=str,
 )
@@ -268,17 +269,9 @@ MESHES = {
     "experts over tensor": (MeshConfig(fsdp=4, tensor=2), Rules(experts=("tensor",), mlp=())),
     "width over fsdp": (MeshConfig(fsdp=4, tensor=2), Rules(embed=(), mlp=("fsdp",), latent=())),
 }
-FAST = [("deepseek", "2x2x2"), ("gpt-oss", "sequence")]
 
 
-@pytest.mark.parametrize(
-    "name, mesh",
-    [
-        pytest.param(name, mesh, marks=[] if (name, mesh) in FAST else pytest.mark.slow)
-        for name in MODELS
-        for mesh in MESHES
-    ],
-)
+@pytest.mark.parametrize("name, mesh", [(name, mesh) for name in MODELS for mesh in MESHES])
 @pytest.mark.slow
 def test_eight_devices_give_the_gradients_of_one(name, mesh):
     params, expected = one_device(name)
@@ -288,7 +281,7 @@ def test_eight_devices_give_the_gradients_of_one(name, mesh):
     assert_close(found, expected, 1e-10)
 
 
-@pytest.mark.parametrize("mesh", [None, pytest.param("2x2x2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", [None, "2x2x2"])
 @pytest.mark.slow
 def test_four_microbatches_are_one_batch(mesh):
     """Counts exactly, and gradients: but for the loss of balance, which is no sum over tokens."""
@@ -303,6 +296,53 @@ def test_four_microbatches_are_one_batch(mesh):
     assert parts[1][LOAD].sum.sum() == 2 * 3 * (batch.segment_ids_BT > 0).sum()
     assert_close(parts[2], whole[2], 1e-10)
     assert parts[1][Z_LOSS].value() == pytest.approx(whole[1][Z_LOSS].value(), rel=1e-12)
+
+
+def test_eight_devices_compute_what_one_does():
+    """One layer of experts, its width split over two of them."""
+    with jax.enable_x64(True):
+        config = flavour("mixtral", layers=1, experts=ExpertsConfig(count=4))
+        params = random_params(make_model(config))
+        partition = make_partition(MeshConfig(data=2, fsdp=2, tensor=2))
+        model, batch = make_model(config, partition), packed_batch()
+        row = Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
+        placed = jax.device_put((params, row), (partition.shardings(model.axes), partition.sharding("batch", "time")))
+        found = jax.jit(model.apply)(*placed)
+        expected = jax.jit(make_model(config).apply)(params, row)
+    assert relative(found.hidden_BTD, expected.hidden_BTD) < 1e-12
+    assert found.aux[LOAD].sum.tolist() == expected.aux[LOAD].sum.tolist()
+
+
+def test_products_of_experts_are_not_computed_again_with_dots():
+    def products(remat: str) -> int:
+        model = make_model(flavour("mixtral", layers=1, remat=remat))
+
+        def loss(params):
+            return jnp.sum(model.apply(params, inputs(jnp.zeros((1, 8), jnp.int32))).hidden_BTD)
+
+        return str(jax.make_jaxpr(jax.grad(loss))(abstract_params(model))).count("ragged_dot_general[")
+
+    with jax.enable_x64(True):
+        assert products("dots") == products("none") < products("full")
+
+
+def test_in_a_hybrid_only_what_has_an_mlp_has_experts():
+    """Layers of mixers alone count nothing, and the correction of each other layer moves by its own counts."""
+    experts = ExpertsConfig(count=4, correction=True, correction_speed=0.5)
+    ssm = SsmConfig(state=4, head_dim=4, chunk=8)
+    config = tiny_llama(layers=5, pattern=("mamba", "global"), ssm=ssm, experts=experts)
+    assert [config.has_experts(layer) for layer in range(5)] == [False, True, False, True, False]
+    model = make_model(config)
+    params = random_params(model)
+    out = jax.jit(model.apply)(params, inputs(jnp.asarray(np.arange(32).reshape(2, 16) % VOCAB)))
+    count_LE = np.asarray(out.aux[LOAD].sum)
+    assert count_LE.shape == (2, 4)
+    moved = model.post_step(params, out.aux)
+    for i in range(2):
+        before, after = (tree["layers"]["1"]["mlp"]["correction_E"][i] for tree in (params, moved))
+        np.testing.assert_allclose(after - before, 0.5 * np.sign(count_LE[i].mean() - count_LE[i]), atol=1e-6)
+    with pytest.raises(UserError, match=r"has no MLP to stand for"):
+        tiny_llama(pattern=("mamba",), ssm=ssm, experts=experts)
 
 
 def test_the_loss_of_balance_is_each_microbatchs_own():

@@ -242,9 +242,7 @@ def plain_gradients(name):
     return gradients(CONFIGS[name])
 
 
-@pytest.mark.parametrize(
-    "name, remat", [("everything", "dots"), pytest.param("hybrid", "full", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name, remat", [("everything", "dots"), ("hybrid", "full")])
 @pytest.mark.slow
 def test_scan_and_remat_change_no_gradient(name, remat):
     changed = dataclasses.replace(CONFIGS[name], scan=True, remat=remat)

@@ -19,9 +19,9 @@ from llmlab.core.arrays import accumulation_dtype
 from llmlab.core.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
-CHUNK = 64
-# Logarithms of decays are summed as multiples of GRID, exact in float32 for 256 tokens, plus small remainders: the
-# difference of two sums is then right to 1e-7 however large they are. exp(LOWEST) is nothing beside 1.
+CHUNK, LONGEST_CHUNK = 64, 256
+# Logarithms of decays are summed as multiples of GRID, exact in float32 for LONGEST_CHUNK tokens, plus small remainders,
+# so that the difference of two sums is right to 1e-7 however large they are. exp(LOWEST) is nothing beside 1.
 GRID, LOWEST = 2.0**-9, -128.0
 
 
@@ -44,7 +44,7 @@ def ssm(
 
     Args:
       dt_BTN: the steps, not negative. a_N: the rates, negative.
-      chunk: tokens that `chunked` takes at once; up to 256 its decays are exact.
+      chunk: tokens that `chunked` takes at once, at most 256: so many decays are exact.
       implementation: "auto", or one of `IMPLEMENTATIONS`.
 
     Raises:
@@ -60,7 +60,7 @@ def ssm(
     if implementation == "reference":
         return reference(x_BTNH, dt_BTN, a_N, b_BTKZ, c_BTKZ, begins_BT, state_BNHZ)
     if implementation == "chunked":
-        return chunked(x_BTNH, dt_BTN, a_N, b_BTKZ, c_BTKZ, begins_BT, state_BNHZ, chunk=min(chunk, T))
+        return chunked(x_BTNH, dt_BTN, a_N, b_BTKZ, c_BTKZ, begins_BT, state_BNHZ, chunk=min(chunk, T, LONGEST_CHUNK))
     raise UserError(
         f"unknown state-space implementation {implementation!r}: {nearest(implementation, IMPLEMENTATIONS)}"
     )

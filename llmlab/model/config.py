@@ -152,6 +152,13 @@ class ModelConfig:
                 f"model.experts.first_dense={self.experts.first_dense} leaves no layer of model.layers={self.layers} "
                 f"for experts: lower it, or set model.experts.count=0"
             )
+        if self.experts.count and self.pattern and not any(map(self.has_experts, range(self.layers))):
+            raise UserError(
+                f"model.experts.count={self.experts.count} has no MLP to stand for in layers of "
+                f"model.pattern={self.pattern}: set model.ssm.mlp, or model.experts.count=0"
+            )
+        if self.positions == "rotary" and self.attends and self.rope.scaling == "ntk" and self.rotary_dim < 4:
+            raise UserError("model.rope.scaling=ntk needs two pairs of numbers that turn: choose linear")
         if self.latent.kv_rank:
             self._check_latent()
         if "mamba" in self.pattern:
@@ -222,7 +229,7 @@ class ModelConfig:
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer has a mixture of experts in place of its MLP."""
-        return self.experts.count > 0 and layer >= self.experts.first_dense
+        return self.experts.count > 0 and layer >= self.experts.first_dense and self.has_mlp(self.kind(layer))
 
     def segments(self) -> tuple[range, ...]:
         """The layers, in runs that repeat `pattern` with the same kind of MLP."""

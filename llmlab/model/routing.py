@@ -33,7 +33,8 @@ class ExpertsConfig:
       groups, chosen_groups: experts are chosen within the `chosen_groups` best of so many equal groups; a group is as
         good as the sum of its two best scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
       correction: a bias for each expert is added to the scores, for the choice only. No gradient moves it: at each step
-        it rises by `correction_speed` where an expert saw fewer tokens than the mean, else falls (arXiv 2408.15664).
+        it rises by `correction_speed` where an expert saw fewer tokens than the mean, falls where more
+        (arXiv 2408.15664).
     Losses, added to the objective's; a batch is what one pass sees, with microbatches each of them:
       balance_loss: weight of E · Σ f·P, with f an expert's tokens over all tokens and P its mean probability
         (arXiv 2101.03961, eq. 4, each token counting once for each of its experts), the mean over layers.

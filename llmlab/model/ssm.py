@@ -18,7 +18,7 @@ class SsmConfig:
 
     state: Z, numbers of the state for each of a head's. head_dim: H. heads: N; 0 means expand·width / head_dim.
     groups: of heads that share b and c, and are normalised together. conv: inputs that the causal convolution sees.
-    chunk: tokens of a row that are taken at once. norm: RMSNorm after the gate (else the gate alone).
+    chunk: tokens of a row that are taken at once, 256 at most. norm: RMSNorm after the gate (else the gate alone).
     bias: on the projections in and out. conv_bias: on the convolution. mlp: whether an MLP follows, as in hybrids.
     dt_init_min, dt_init_max, dt_init_floor: the steps at initialisation, log-uniform and then not below the last.
     dt_min, dt_max: what steps are clipped to; dt_max=None is no limit.

@@ -25,8 +25,16 @@ from llmlab.model.rope import Rotary, rotary_angles
 from llmlab.model.routing import LOAD, corrected, over_layers
 from llmlab.model.types import Cache, Inputs, Model, Out, Params, inputs
 
+
+def _saves_products(prim: Any, *operands: Any, **settings: Any) -> Any:
+    """Weight products, of which those of experts are grouped."""
+    if prim.name == "ragged_dot_general":
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *operands, **settings)
+
+
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _saves_products,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -232,11 +240,11 @@ def _split_stack(tree: Any) -> list[Any]:
 
 def _corrected(config: ModelConfig, params: Params, count_LE: jax.Array) -> Params:
     """The parameters with each router's correction moved by the tokens that its experts saw, [expert layer, E]."""
-    layers, dense = dict(params["layers"]), config.experts.first_dense
+    layers, routed = dict(params["layers"]), [layer for layer in range(config.layers) if config.has_experts(layer)]
     for slot, stack in enumerate(config.stacks()):
         if config.has_experts(stack[0]):
             name, mlp = "correction_E", layers[str(slot)]["mlp"]
-            seen_LE = count_LE[np.array(stack) - dense]
+            seen_LE = count_LE[np.searchsorted(routed, stack)]
             moved_LE = corrected(mlp[name], seen_LE, config.experts.correction_speed)
             layers[str(slot)] = layers[str(slot)] | {"mlp": mlp | {name: moved_LE}}
     return params | {"layers": layers}
