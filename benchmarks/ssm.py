@@ -3,8 +3,9 @@
     python benchmarks/ssm.py            # about two minutes on 2 cores; --quick for fewer turns
 
 All run in this process and take turns (A B A B …), on a row of 2,048 tokens in float32. `recurrence` is its value and
-gradients; `training step` is that of a Mamba-2 of two layers of width 256: forward, loss, backward and AdamW. Printed, and written to benchmarks/results/ssm-PLATFORM.json: medians, bests and their ratio. The plain
-recurrence keeps every token's state for its backward pass: half a gigabyte here, and as much for each layer.
+gradients; `training step` is that of a Mamba-2 of two layers of width 256: forward, loss, backward and AdamW. Printed,
+and written to benchmarks/results/ssm-PLATFORM.json: medians, bests and their ratio. The plain recurrence keeps every
+token's state for its backward pass: half a gigabyte here, and as much for each layer.
 """
 
 import argparse

@@ -20,8 +20,8 @@ from llmlab.core.errors import UserError, nearest
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 CHUNK, LONGEST_CHUNK = 64, 256
-# Logarithms of decays are summed as multiples of GRID, exact in float32 for LONGEST_CHUNK tokens, plus small remainders,
-# so that the difference of two sums is right to 1e-7 however large they are. exp(LOWEST) is nothing beside 1.
+# Logarithms of decays are summed as multiples of GRID, exact in float32 for LONGEST_CHUNK tokens, and small remainders:
+# the difference of two sums is then right to 1e-7, however large they are. exp(LOWEST) is nothing beside 1.
 GRID, LOWEST = 2.0**-9, -128.0
 
 
