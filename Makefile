@@ -16,7 +16,7 @@ test: $(INSTALLED) check  ## format, lint, types, and every test that takes seco
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch and transformers
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m parity
+	$(BIN)/python -m pytest -n 2 -m parity
 
 test-slow: $(INSTALLED)  ## what takes minutes, kills processes or fills a disk
 	$(BIN)/python -m pytest -m slow

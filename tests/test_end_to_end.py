@@ -20,7 +20,6 @@ from llmlab.report.page import verbatim
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 QUICKSTART = EXPERIMENTS / "quickstart.py"
-MAMBA = EXPERIMENTS / "mamba.py"
 STEPS = 4
 TRAIN_FIELDS = {
     "step",
@@ -217,36 +216,6 @@ def test_eval_scores_a_local_task(workdir: Path, tmp_path: Path, capsys: pytest.
     assert re.search(r"colours +1 +0 +acc +[01]\.0000", capsys.readouterr().out)
     (outcome,) = (workdir / "eval" / "colours.jsonl").read_text().splitlines()
     assert json.loads(outcome)["chosen"] in ("blue", "loud")
-
-
-@pytest.mark.parametrize("variant", ["tiny", pytest.param("tiny_deepseek", marks=pytest.mark.slow)])
-def test_a_mixture_of_experts_trains_and_samples(
-    variant: str, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    path = tmp_path / variant
-    assert train(path, corpus, "--config.run.steps=8", config=f"{EXPERIMENTS}/experts.py:{variant}") == 0
-    trained = [row for row in rows(path) if "loss" in row]
-    losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.1
-    assert all(row["router/max_load"] >= 1 for row in trained)
-    assert all(row["router/balance_loss"] > 0 and row["router/z_loss"] > 0 for row in trained)
-    capsys.readouterr()
-    assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def ", "--max_tokens=4"]) == 0
-    assert capsys.readouterr().out.startswith("def")
-
-
-@pytest.mark.parametrize("variant", ["tiny", pytest.param("tiny_hybrid", marks=pytest.mark.slow)])
-def test_mamba_and_a_hybrid_train_and_write(
-    variant: str, workdir: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    path, config = tmp_path / variant, f"{MAMBA}:{variant}"
-    assert train(path, corpus, "--config.run.steps=12", "--config.run.eval_every=6", config=config) == 0
-    losses = [row["eval/loss"] for row in rows(path) if "eval/loss" in row]
-    assert losses[0] - 0.1 > losses[1] > losses[2]
-    capsys.readouterr()
-    assert cli.run(["llmlab", "sample", f"--workdir={path}", "--prompt=def", "--max_tokens=8"]) == 0
-    assert capsys.readouterr().out.startswith("def")
 
 
 @pytest.mark.slow

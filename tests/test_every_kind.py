@@ -40,6 +40,10 @@ def test_it_learns_resumes_and_can_be_evaluated_and_sampled(kind, tmp_path, monk
     losses = [row["eval/loss"] for row in rows(whole) if "eval/loss" in row]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 1
+    if "experts" in KINDS[kind]:
+        trained = [row for row in rows(whole) if "loss" in row]
+        assert all(row["router/max_load"] >= 1 for row in trained)
+        assert all(row["router/balance_loss"] > 0 and row["router/z_loss"] > 0 for row in trained)
 
     append = MetricsLog.append
 

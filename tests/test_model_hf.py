@@ -77,8 +77,6 @@ def test_what_is_saved_is_loaded_bit_for_bit(family, tmp_path):
     assert not list(tmp_path.glob(".*"))
     again, loaded = hf.load(tmp_path / "out")
     assert_same(loaded, params)
-    tokens_BT = jnp.asarray([[1, 5, 3, 2, 8, 9, 4, 4]])
-    np.testing.assert_array_equal(again.logits(loaded, tokens_BT), model.logits(params, tokens_BT))
     # What it is made of says the same again, whichever way it is spelt.
     assert hf.config_for(again.config)[1] == hf.config_for(model.config)[1]
 

@@ -260,7 +260,7 @@ def test_the_recurrence_gives_the_gradients_of_the_chunks():
     "name, scan, mesh",
     [
         ("everything", False, MeshConfig(data=2, fsdp=2, tensor=2)),
-        ("everything", False, MeshConfig(data=1, fsdp=2, tensor=2, sequence=2)),
+        pytest.param("everything", False, MeshConfig(data=1, fsdp=2, tensor=2, sequence=2), marks=pytest.mark.slow),
         pytest.param("everything", False, MeshConfig(data=1, fsdp=2, tensor=4), marks=pytest.mark.slow),
         pytest.param("hybrid", True, MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
         pytest.param("pure", False, MeshConfig(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),

@@ -91,21 +91,20 @@ def test_it_begins_with_exactly_the_loss_of_its_base_and_lowers_it(base, lora):
     assert evaluations(lora)[STEPS] < evaluations(lora)[0]
 
 
+@pytest.mark.slow
 def test_over_a_quantised_base_it_begins_near_it_and_lowers_the_loss(base, dora):
     assert evaluations(dora)[0] != evaluations(base)[STEPS]
     assert evaluations(dora)[0] == pytest.approx(evaluations(base)[STEPS], rel=0.02)
     assert evaluations(dora)[STEPS] < evaluations(dora)[0]
 
 
-def test_a_checkpoint_holds_the_adapter_and_names_the_base(base, lora, dora):
+def test_a_checkpoint_holds_the_adapter_and_names_the_base(base, lora):
     names = ("query_DNH", "key_DKH", "value_DKH", "out_NHD")
     matrices = {f"layers.0.attention.{name}" for name in names}
     for tree in ("trainable", "ema"):
         held = {name for name in saved_arrays(lora / "checkpoints", STEPS) if name.startswith(f"{tree}.")}
         assert held == {f"{tree}.{path}.{part}" for path in matrices for part in "ab"}
-    shapes = saved_arrays(dora / "checkpoints", STEPS)
-    assert shapes["trainable.layers.0.mlp.up_DF.magnitude"] == ((2, 64), "float32")
-    assert not any(name.startswith("frozen") or "unembedding" in name for name in shapes)
+    assert not any(name.startswith("frozen") for name in saved_arrays(lora / "checkpoints", STEPS))
     recorded = json.loads((lora / "config.json").read_text())["base"]
     manifest = json.loads((base / "checkpoints" / str(STEPS) / "manifest.json").read_text())
     assert recorded == {"workdir": str(base), "step": STEPS, "digest": manifest["digest"]}
@@ -130,7 +129,7 @@ def test_stopped_and_continued_is_the_same_run(train, base, settings, name, requ
     assert_same_run(halves, request.getfixturevalue(name))
 
 
-def test_it_opens_as_the_adapted_model(base, lora, dora):
+def test_it_opens_as_the_adapted_model(base, lora):
     opened = llmlab.open(lora)
     leaf = opened.params["layers"]["0"]["attention"]["query_DNH"]
     assert isinstance(leaf, AdaptedLeaf)
@@ -139,21 +138,29 @@ def test_it_opens_as_the_adapted_model(base, lora, dora):
     beneath = llmlab.open(base)
     np.testing.assert_array_equal(leaf.base, beneath.params["layers"]["0"]["attention"]["query_DNH"])
     assert relative(logits(opened), logits(beneath)) > 1e-3
+
+
+@pytest.mark.slow
+def test_over_4_bits_it_opens_as_the_adapted_model(dora):
+    shapes = saved_arrays(dora / "checkpoints", STEPS)
+    assert shapes["trainable.layers.0.mlp.up_DF.magnitude"] == ((2, 64), "float32")
+    assert not any(name.startswith("frozen") or "unembedding" in name for name in shapes)
     up = llmlab.open(dora).params["layers"]["0"]["mlp"]["up_DF"]
     assert isinstance(up.base, QuantisedLeaf)
     assert up.base.bits == 4
     assert up.base.scales.shape == (2, 1, 64)
 
 
-def test_eval_finds_the_loss_that_training_ended_with_and_sample_writes(dora, capsys):
-    assert run(["llmlab", "eval", f"--workdir={dora}"]) == 0
-    found = json.loads((dora / "eval.json").read_text())["held_out"]
-    assert found["loss"] == pytest.approx(evaluations(dora)[STEPS], rel=1e-5)
+def test_eval_finds_the_loss_that_training_ended_with_and_sample_writes(lora, capsys):
+    assert run(["llmlab", "eval", f"--workdir={lora}"]) == 0
+    found = json.loads((lora / "eval.json").read_text())["held_out"]
+    assert found["loss"] == pytest.approx(evaluations(lora)[STEPS], rel=1e-5)
     capsys.readouterr()
-    assert run(["llmlab", "sample", f"--workdir={dora}", "--prompt=the", "--max_tokens=8"]) == 0
+    assert run(["llmlab", "sample", f"--workdir={lora}", "--prompt=the", "--max_tokens=8"]) == 0
     assert capsys.readouterr().out.startswith("the")
 
 
+@pytest.mark.slow
 def test_another_run_starts_from_the_merged_weights(lora, dora):
     for workdir in (lora, dora):
         opened = llmlab.open(workdir)
@@ -245,7 +252,7 @@ def test_over_experts_in_4_bits_it_trains_and_their_correction_stays(train, tmp_
     assert not any("correction_E" in name or "router" in name for name in saved)
 
 
-def test_it_goes_into_peft_s_format_and_comes_back(train, base, dora, lora, tmp_path, capsys):
+def test_it_goes_into_peft_s_format_and_comes_back(base, lora, tmp_path, capsys):
     out, back = tmp_path / "out", tmp_path / "back"
     assert run(["llmlab", "convert", str(lora), str(out), "--adapter_only"]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
