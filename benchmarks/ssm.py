@@ -1,6 +1,6 @@
 """The state-space recurrence in chunks against one token after the other: by itself, and in a whole training step.
 
-    python benchmarks/ssm.py            # about two minutes on 2 cores; --quick for fewer turns
+    python benchmarks/ssm.py            # about four minutes on 2 cores; --quick for fewer turns
 
 All run in this process and take turns (A B A B …), on a row of 2,048 tokens in float32. `recurrence` is its value and
 gradients; `training step` is that of a Mamba-2 of two layers of width 256: forward, loss, backward and AdamW. Printed,
