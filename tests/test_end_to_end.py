@@ -125,6 +125,7 @@ def test_init_from_starts_with_the_weights_of_another_run(workdir: Path, corpus:
     assert first["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_reaches_further_and_trains_on(workdir: Path, corpus: Path, tmp_path: Path):
     """YaRN stretches its positions four times over; what it had learnt is still there at the new length."""
     longer, config = tmp_path / "longer", f"{EXPERIMENTS}/longer.py:{workdir}"

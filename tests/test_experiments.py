@@ -158,7 +158,13 @@ def test_the_tiny_variant_describes_itself(path: Path):
     assert "about 0.0" in text
 
 
-@pytest.mark.parametrize("name,variant", [*((path.stem, "tiny") for path in FILES), ("mamba", "tiny_hybrid")])
+OTHERS_SHOW = [("adapter", "tiny"), ("longer", "tiny"), ("mamba", "tiny_hybrid")]  # the same model, or half of it
+VARIANTS = [(path.stem, "tiny") for path in FILES if path.stem not in ("adapter", "longer")]
+
+
+@pytest.mark.parametrize(
+    "name,variant", [*VARIANTS, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS_SHOW)]
+)
 def test_the_tiny_variant_trains(name: str, variant: str):
     experiment = resolved(name, variant, VOCAB)
     # A schedule of a few steps would end in its warm-up, where a step moves too little to be seen.

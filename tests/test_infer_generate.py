@@ -24,7 +24,8 @@ CONFIGS = {
     "mamba": mamba2(**SHAPE, ssm=SsmConfig(state=8, head_dim=16, chunk=8)),
     "hybrid": llama(**SHAPE, pattern=("mamba", "global"), ssm=SsmConfig(state=8, head_dim=16, chunk=8, mlp=True)),
 }
-NAMES = list(CONFIGS)
+SLOW = ("mamba", "hybrid")  # what a step of theirs is, is tested with the layer
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS]
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def test_prefill_and_decode_are_the_full_forward(name):
     np.testing.assert_array_equal(cache["lengths_B"], lengths_B + 12)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "window", "hybrid"])
+@pytest.mark.parametrize("name", ["llama_gqa", "window", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_a_prompt_read_in_two_parts(name):
     model, params, full = built(name)
     tokens_BT = tokens(2, 20)

@@ -109,6 +109,7 @@ def test_the_state_space_passes(packed):
     assert failed(rows) == []
 
 
+@pytest.mark.slow
 def test_a_state_that_passes_between_documents_is_caught(monkeypatch):
     ssm = check.ssm
 

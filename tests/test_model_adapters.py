@@ -228,7 +228,7 @@ def test_training_takes_no_memory_for_gradients_of_the_base():
     assert frozen < full - 0.9 * tree_bytes(params["layers"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=SLOW)])
 def test_dense_weights_of_a_quantised_base_are_not_kept_for_the_backward_pass(kind):
     model = make_model(tiny_llama(width=64, layers=6, heads=2, kv_heads=2, mlp_width=512))
     params = random_params(model)
@@ -246,6 +246,7 @@ def test_dense_weights_of_a_quantised_base_are_not_kept_for_the_backward_pass(ki
     assert kept(4) < 0.7 * tree_bytes(params["layers"])
 
 
+@SLOW
 @SLOW
 def test_on_a_mesh_gradients_are_one_devices():
     config, batch = AdapterConfig(kind="dora", rank=4), packed_batch()

@@ -48,7 +48,7 @@ def test_matrices_are_these_and_no_norm_router_convolution_or_vector(name):
     assert EXPECTED[name] <= found <= EXPECTED[name] | ORDINARY
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_quantised_weights_are_read_as_the_dense_ones(name, bits):
     model, quantised, _, _ = built(config=CONFIGS[name], bits=bits)
@@ -58,7 +58,7 @@ def test_quantised_weights_are_read_as_the_dense_ones(name, bits):
     assert relative(logits(random_params(model), TOKENS_BT), expected) > 1e-3
 
 
-@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("bits", [0, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_before_its_first_step_lora_gives_exactly_the_logits_of_its_base(name, bits):
     model, params, _, adapter = built(config=CONFIGS[name], bits=bits, trained=False)
@@ -66,7 +66,8 @@ def test_before_its_first_step_lora_gives_exactly_the_logits_of_its_base(name, b
     np.testing.assert_array_equal(logits(adapted(params, adapter), TOKENS_BT), logits(params, TOKENS_BT))
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_it_is_the_same(name, kind):
     model, params, _, adapter = built(kind, config=CONFIGS[name], bits=4)

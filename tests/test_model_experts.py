@@ -399,6 +399,7 @@ def test_prefill_and_decode_equal_the_full_forward(name):
 
 
 @pytest.mark.parametrize("name", ["deepseek", pytest.param("gpt-oss", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_leaf_may_stand_for_a_weight(name):
     with jax.enable_x64(True):
         params = random_params(make_model(in_float64(MODELS[name])))
@@ -408,6 +409,7 @@ def test_a_leaf_may_stand_for_a_weight(name):
         assert relative(apply(config, packed, row), apply(config, params, row)) < 1e-10
 
 
+@pytest.mark.slow
 def test_bfloat16_routes_in_float32():
     config = dataclasses.replace(DEEPSEEK_LIKE, dtype="bfloat16")
     model = make_model(config)
@@ -445,6 +447,7 @@ def test_the_correction_moves_towards_those_that_saw_too_few():
     np.testing.assert_allclose(moved_LE, expected_LE, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_each_slots_correction_moves_by_its_own_layers():
     config = dataclasses.replace(
         GPT_OSS_LIKE, layers=6, experts=ExpertsConfig(count=4, first_dense=1, correction=True, correction_speed=1.0)
@@ -497,6 +500,7 @@ def trained(config: ModelConfig, batches, **options):
 
 
 @pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_no_optimizer_touches_the_correction(name):
     still = dataclasses.replace(CORRECTED, experts=dataclasses.replace(CORRECTED.experts, correction_speed=0.0))
     states, metrics = trained(still, [packed_batch()] * 2, name=name)
@@ -506,6 +510,7 @@ def test_no_optimizer_touches_the_correction(name):
     assert metrics[MAX_LOAD].value() >= 1
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_correction_once_for_all_microbatches_unless_it_is_skipped():
     bad = packed_batch()._replace(mask_BT=np.full((8, 16), np.nan, np.float32))
     states, _ = trained(CORRECTED, [packed_batch(), bad], ema=0.75)

@@ -249,6 +249,7 @@ def test_scan_and_remat_change_no_gradient(name, remat):
     assert_close(gradients(changed), plain_gradients(name), 1e-10)
 
 
+@pytest.mark.slow
 def test_the_recurrence_gives_the_gradients_of_the_chunks():
     plain = plain_gradients("everything")
     assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(plain))
@@ -267,6 +268,7 @@ def test_the_recurrence_gives_the_gradients_of_the_chunks():
     ],
     ids=["2x2x2", "sequence", "2x4", "2x2x2 scanned", "4x2 pure"],
 )
+@pytest.mark.slow
 def test_eight_devices_give_one_device_s_gradients(name, scan, mesh):
     assert_close(gradients(dataclasses.replace(CONFIGS[name], scan=scan), mesh), plain_gradients(name), 1e-10)
 

@@ -151,6 +151,7 @@ def test_over_4_bits_it_opens_as_the_adapted_model(dora):
     assert up.base.scales.shape == (2, 1, 64)
 
 
+@pytest.mark.slow
 def test_eval_finds_the_loss_that_training_ended_with_and_sample_writes(lora, capsys):
     assert run(["llmlab", "eval", f"--workdir={lora}"]) == 0
     found = json.loads((lora / "eval.json").read_text())["held_out"]
