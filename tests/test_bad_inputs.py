@@ -23,7 +23,7 @@ def empty_place(tmp_path, monkeypatch):
     """An empty folder to stand in, an empty cache, and jax as it was afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("llmlab.cli.atexit.register", lambda *_: None)
+    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)

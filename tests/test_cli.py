@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from llmlab import __version__, cli
+from llmlab import __version__, cli, verbs
 from llmlab.core import errors
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +41,7 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def jax_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("llmlab.cli.atexit.register", lambda *_: None)
+    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
@@ -55,7 +55,7 @@ def failing(monkeypatch):
         def fail(flags, rest):
             raise error
 
-        monkeypatch.setitem(cli.VERBS, "fail", cli.Verb("fails", "", "", lambda flags, argv: None, fail))
+        monkeypatch.setitem(verbs.VERBS, "fail", verbs.Verb("fails", "", "", lambda flags, argv: None, fail))
         return cli.run(["llmlab", "fail", *arguments])
 
     return run
@@ -71,15 +71,15 @@ def test_the_overview_names_every_verb(arguments, capsys):
 
 
 def test_every_verb_has_its_flags_tested_here():
-    assert set(FLAGS) == set(cli.VERBS)
+    assert set(FLAGS) == set(verbs.VERBS)
 
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_the_page_of_a_verb_shows_usage_and_every_flag(verb, capsys):
     assert cli.run(["llmlab", verb, "--help"]) == 0
     said = capsys.readouterr().out
-    assert said.splitlines()[0] == f"llmlab {verb}: {cli.VERBS[verb].summary}"
-    assert f"usage: llmlab {verb} {cli.VERBS[verb].usage}" in said
+    assert said.splitlines()[0] == f"llmlab {verb}: {verbs.VERBS[verb].summary}"
+    assert f"usage: llmlab {verb} {verbs.VERBS[verb].usage}" in said
     for flag in FLAGS[verb]:
         assert f"\n  --{flag} " in said
     assert "None" not in said

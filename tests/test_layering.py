@@ -20,7 +20,8 @@ FLOORS = {
     "eval": 5,
     "report": 6,
     "scaling": 6,
-    "cli": 7,
+    "verbs": 7,
+    "cli": 8,
 }
 FORBIDDEN = ("flax.nnx", "torch", "pickle", "jax._src", "jaxlib")
 FILES = sorted(ROOT.rglob("*.py"))

@@ -207,9 +207,6 @@ class Doubled:
         size_in = math.prod(self.half.shape[:dims_in])
         return 2 * (x_MI @ self.half.reshape(size_in, -1).astype(x_MI.dtype))
 
-    def rows(self, ids, dtype):
-        return (2 * self.half[ids]).astype(dtype)
-
     def grouped(self, x_MI, rows_E):
         return 2 * jax.lax.ragged_dot(x_MI, self.half.astype(x_MI.dtype), rows_E)
 

@@ -45,7 +45,7 @@ def train(tmp_path_factory):
     before = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMLAB_CACHE", str(folder / "cache"))
-        patch.setattr("llmlab.cli.atexit.register", lambda *_: None)
+        patch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
 
         def start(workdir, *more, init_from="", flags=(), config=built_in):
             given = [*flags, *(f"--config.{setting}" for setting in (*settings, *more)), f"--workdir={workdir}"]
@@ -265,6 +265,8 @@ def test_it_goes_into_peft_s_format_and_comes_back(base, lora, tmp_path, capsys)
         (out, (f"--base={lora}",), "is an adapter itself"),
         (base, ("--adapter_only",), "leave out --adapter_only"),
         (base, (f"--base={base}",), "has no adapter_config.json"),
+        (base, ("--dtype=bfloat16",), "--dtype=bfloat16 is for open weights"),
+        (out, (f"--base={base}", "--adapter_only"), "--adapter_only is for the workdir"),
     ):
         assert run(["llmlab", "convert", str(source), str(tmp_path / "new"), *flags]) == EXIT_USER_ERROR
         assert words in capsys.readouterr().err

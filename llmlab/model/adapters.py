@@ -113,10 +113,6 @@ class AdaptedLeaf:
             return out
         return out * self._factor_O().astype(x.dtype).reshape((1,) * (out.ndim - 1) + (-1,))
 
-    def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """The rows of the weight's first dimension with these ids."""
-        return self.dense(dtype)[ids]
-
     def grouped(self, x_MI: jax.Array, rows_E: jax.Array) -> jax.Array:
         """`product` for rows of x_MI sorted by group, each group with its own matrix."""
         through_Mr = self.update.scale * weights.grouped_product(x_MI, self.update.a, rows_E)

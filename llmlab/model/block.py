@@ -7,9 +7,9 @@ import jax
 
 from llmlab.core.arrays import Metrics
 from llmlab.model import cache as caches
+from llmlab.model.base import Layer, Norm
 from llmlab.model.experts import Experts
 from llmlab.model.latent import LatentAttention
-from llmlab.model.layer import Layer, Norm
 from llmlab.model.layers import MLP, Attention
 from llmlab.model.mamba import Mamba
 from llmlab.model.rope import Rotary

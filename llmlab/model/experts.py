@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 from llmlab.core.arrays import Metrics, accumulation_dtype
 from llmlab.core.mesh import Axes
 from llmlab.model import weights
+from llmlab.model.base import Layer, linear_init
 from llmlab.model.config import ModelConfig
-from llmlab.model.layer import Layer, linear_init
 from llmlab.model.layers import ACTIVATIONS, MLP, gated
 from llmlab.model.routing import Tally, route, statistics, tallied
 

@@ -27,15 +27,14 @@ from llmlab.model.hf_config import (
     Biases,
     Choice,
     Keys,
-    LatentRope,
     Only,
     Ours,
     Part,
     Pattern,
-    QueryScale,
     Rope,
     Same,
     Unused,
+    yarn_magnitude,
 )
 from llmlab.model.hf_weights import Rule
 
@@ -139,6 +138,41 @@ class StepLimit(NamedTuple):
     def write(self, config: ModelConfig) -> dict[str, Any]:
         high = {"__float__": "Infinity"} if config.ssm.dt_max is None else config.ssm.dt_max
         return {"time_step_limit": [config.ssm.dt_min, high]}
+
+
+class QueryScale(NamedTuple):
+    """query_pre_attn_scalar: the scores are divided by its square root (Gemma)."""
+
+    default: float = 256
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        return {"attention_scale": keys.take("query_pre_attn_scalar", self.default) ** -0.5}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        scalar = (config.attention_scale or config.H**-0.5) ** -2
+        return {"query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar}
+
+
+class LatentRope(NamedTuple):
+    """Rotary positions of DeepSeek-V3: with YaRN's mscale_all_dim, all scores grow by the square of its magnitude."""
+
+    def read(self, keys: Keys) -> dict[str, Any]:
+        fields = Rope().read(keys)
+        given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
+        weight = given.get("mscale_all_dim") or 0.0
+        if not weight or fields["rope"].scaling == "none":
+            return fields
+        H = keys.take("qk_nope_head_dim") + keys.take("qk_rope_head_dim")
+        return fields | {"attention_scale": H**-0.5 * yarn_magnitude(fields["rope"].factor, weight) ** 2}
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        keys = Rope().write(config)
+        growth = math.sqrt((config.attention_scale or config.H**-0.5) * config.H**0.5)
+        if not math.isclose(growth, 1):
+            if config.rope.factor <= 1:
+                raise UserError("attention_scale has no spelling in config.json without model.rope.scaling")
+            keys["rope_parameters"]["mscale_all_dim"] = round((growth - 1) / (0.1 * math.log(config.rope.factor)), 9)
+        return keys
 
 
 QWEN_WINDOW = QwenWindow(Pattern(_qwen_layers, also=("max_window_layers",)))

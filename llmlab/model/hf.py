@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 DType = Literal["float32", "bfloat16", "float64"]
 # How a model runs and how it was initialised: no part of what it is.
 _RUNNING = ("dtype", "param_dtype", "scan", "remat", "attention", "initializer", "init_std")
-_RECURRING = ("expand", "chunk", "implementation", "dt_init_min", "dt_init_max", "dt_init_floor")
+_RUNNING_OF_SSM = ("expand", "chunk", "implementation", "dt_init_min", "dt_init_max", "dt_init_floor")
 # What a model without attention has no use for.
 _ATTENDING = (
     *("heads", "kv_heads", "head_dim", "max_positions", "positions", "rope", "qk_norm", "attention_bias"),
@@ -172,7 +172,7 @@ def save(
     wanted = places(model, family.weights)
     tensors = ((name, _theirs(params, place)) for name, place in wanted.items())
     if jax.process_index():
-        collections.deque(tensors, maxlen=0)
+        collections.deque(tensors, maxlen=0)  # to fetch what is split over hosts takes all of them
         return family
     with new_folder(target) as partial:
         content = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
@@ -226,7 +226,7 @@ def identity(config: ModelConfig) -> dict[str, Any]:
         )
     if mamba:
         ssm = dataclasses.replace(
-            config.ssm, heads=config.ssm_heads, **{name: getattr(ssm, name) for name in _RECURRING}
+            config.ssm, heads=config.ssm_heads, **{name: getattr(ssm, name) for name in _RUNNING_OF_SSM}
         )
     dense = any(config.has_mlp(config.kind(layer)) and not config.has_experts(layer) for layer in range(config.layers))
     spelt = dataclasses.replace(

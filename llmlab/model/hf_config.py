@@ -1,7 +1,8 @@
 """Between a Hugging Face config.json and our settings: a family lists the parts that its config is made of.
 
-Each part reads some keys and gives some settings, and writes the same keys from the same settings. Whatever key no part
-has read is an error, unless it is known to change no logit.
+Each part reads some keys and gives some settings, and writes the same keys from the same settings. Here are those that
+several families have; what one alone has stands beside its entry in `families`. Whatever key no part has read is an
+error, unless it is known to change no logit.
 """
 
 import dataclasses
@@ -212,19 +213,6 @@ def _switch(keys: Keys, name: str) -> bool:
     return value
 
 
-class QueryScale(NamedTuple):
-    """query_pre_attn_scalar: the scores are divided by its square root (Gemma)."""
-
-    default: float = 256
-
-    def read(self, keys: Keys) -> dict[str, Any]:
-        return {"attention_scale": keys.take("query_pre_attn_scalar", self.default) ** -0.5}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        scalar = (config.attention_scale or config.H**-0.5) ** -2
-        return {"query_pre_attn_scalar": round(scalar) if math.isclose(scalar, round(scalar)) else scalar}
-
-
 LAYER_TYPES = {"full_attention": "global", "sliding_attention": "local"}
 
 
@@ -318,28 +306,6 @@ class Rope(NamedTuple):
             local = {"rope_type": "default", "rope_theta": config.rope.local_base or config.rope.base}
             rope = {"full_attention": rope, "sliding_attention": local}
         return {"rope_parameters": rope, "max_position_embeddings": config.max_positions}
-
-
-class LatentRope(NamedTuple):
-    """Rotary positions of DeepSeek-V3: with YaRN's mscale_all_dim, all scores grow by the square of its magnitude."""
-
-    def read(self, keys: Keys) -> dict[str, Any]:
-        fields = Rope().read(keys)
-        given = keys.take("rope_parameters", None) or keys.take("rope_scaling", None) or {}
-        weight = given.get("mscale_all_dim") or 0.0
-        if not weight or fields["rope"].scaling == "none":
-            return fields
-        H = keys.take("qk_nope_head_dim") + keys.take("qk_rope_head_dim")
-        return fields | {"attention_scale": H**-0.5 * yarn_magnitude(fields["rope"].factor, weight) ** 2}
-
-    def write(self, config: ModelConfig) -> dict[str, Any]:
-        keys = Rope().write(config)
-        growth = math.sqrt((config.attention_scale or config.H**-0.5) * config.H**0.5)
-        if not math.isclose(growth, 1):
-            if config.rope.factor <= 1:
-                raise UserError("attention_scale has no spelling in config.json without model.rope.scaling")
-            keys["rope_parameters"]["mscale_all_dim"] = round((growth - 1) / (0.1 * math.log(config.rope.factor)), 9)
-        return keys
 
 
 YARN = {"beta_fast": "beta_fast", "beta_slow": "beta_slow", "truncate": "truncate", "attention_factor": "magnitude"}

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from llmlab.kernels.attention import attention
 from llmlab.model import cache as caches
-from llmlab.model.layer import Norm
+from llmlab.model.base import Norm
 from llmlab.model.layers import Attention
 from llmlab.model.rope import Rotary, rotate
 from llmlab.model.types import Inputs

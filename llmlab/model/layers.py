@@ -16,7 +16,7 @@ from llmlab.core.arrays import accumulation_dtype
 from llmlab.kernels.attention import attention
 from llmlab.model import cache as caches
 from llmlab.model import weights
-from llmlab.model.layer import Layer, Norm, linear_init
+from llmlab.model.base import Layer, Norm, linear_init
 from llmlab.model.rope import Rotary, rotate
 from llmlab.model.types import Inputs
 

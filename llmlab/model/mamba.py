@@ -16,7 +16,7 @@ from llmlab.core.mesh import Axes
 from llmlab.kernels.ssm import causal_conv, ssm
 from llmlab.model import cache as caches
 from llmlab.model import weights
-from llmlab.model.layer import Layer
+from llmlab.model.base import Layer
 from llmlab.model.ssm import init_conv, init_dt_bias, init_log_rate
 from llmlab.model.types import Inputs
 

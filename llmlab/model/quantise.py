@@ -96,10 +96,6 @@ class QuantisedLeaf:
         # Made dense again in the backward pass: kept until then, all layers would be dense at once.
         return jax.checkpoint(times)(x, self)
 
-    def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """The rows of the weight's first dimension with these ids."""
-        return self.dense(dtype)[ids]
-
     def grouped(self, x_MI: jax.Array, rows_E: jax.Array) -> jax.Array:
         """Rows of x_MI, sorted by group, each against its group's matrix."""
 

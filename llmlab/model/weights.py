@@ -25,10 +25,6 @@ class WeightLeaf(Protocol):
         """x's last axis against the weight's first `dims_in`, which hold as many numbers; the rest come out flat."""
         ...
 
-    def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
-        """The rows of the weight's first dimension with these ids."""
-        ...
-
     def grouped(self, x_MI: jax.Array, rows_E: jax.Array) -> jax.Array:
         """`grouped_product` with the weight, a matrix [I, O] for each group."""
         ...
@@ -52,7 +48,7 @@ def dense(leaf: Any, dtype: DTypeLike) -> jax.Array:
 
 def rows(leaf: Any, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """An embedding look-up: the rows of `leaf` with these ids, [*ids.shape, …]."""
-    return leaf.rows(ids, dtype) if isinstance(leaf, WeightLeaf) else leaf[ids].astype(dtype)
+    return leaf.dense(dtype)[ids] if isinstance(leaf, WeightLeaf) else leaf[ids].astype(dtype)
 
 
 def whole(params: Any) -> Any:

@@ -46,6 +46,7 @@ def convert(
     """Converts `source` into `target`, whichever way; what there is to say about it, in a few lines.
 
     Args:
+      dtype: where `source` is a model's folder, that of its weights; None: as they come.
       base: where `source` is an adapter of PEFT, the workdir whose weights it is for.
       adapter_only: where `source` is the workdir of an adapter, write it in PEFT's format, not merged.
 
@@ -56,16 +57,21 @@ def convert(
     if not source.is_dir():
         raise UserError(f"there is no folder {source}: give a model's folder, or a workdir")
     check_free(target)
-    if (source / peft.CONFIG).exists():
+    is_adapter = (source / peft.CONFIG).exists()
+    is_workdir = not is_adapter and "config" in hf.read_json(source / "config.json")
+    if base and not is_adapter:
+        raise UserError(f"--base is for an adapter, and {source} has no {peft.CONFIG}: leave it out")
+    if dtype and (is_adapter or is_workdir):
+        raise UserError(f"--dtype={dtype} is for open weights that come in, and {source} is none: leave it out")
+    if adapter_only and not is_workdir:
+        raise UserError(f"--adapter_only is for the workdir of an adapter, and {source} is none: leave it out")
+    if is_adapter:
         if not base:
             raise UserError(f"{source} is an adapter: name the workdir of the weights it is for, --base=runs/model")
         return adapter_to_workdir(source, Path(base).expanduser(), target)
-    if base:
-        raise UserError(f"--base is for an adapter, and {source} has no {peft.CONFIG}: leave it out")
-    keys = hf.read_json(source / "config.json")
-    if "config" not in keys:
-        return to_workdir(source, target, dtype)
-    return adapter_to_folder(source, target) if adapter_only else to_folder(source, target)
+    if is_workdir:
+        return adapter_to_folder(source, target) if adapter_only else to_folder(source, target)
+    return to_workdir(source, target, dtype)
 
 
 def adapter_to_workdir(folder: Path, base: Path, target: Path) -> str:

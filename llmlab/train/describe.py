@@ -67,6 +67,8 @@ def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
     activations = max(0, tree_bytes(jax.eval_shape(residuals, trainable, frozen, batch)) - weights)
     shape = experiment.mesh.shape(devices)
     copies = shape[0] * shape[3]  # `data` and `sequence` replicate the weights
+    # Under an adapter the weights are read whole, and quantised then.
+    at_start = tree_bytes(params) if frozen else 0
     return {
         "vocab_size": config.vocab_size,
         "parameters": parameter_count(params),
@@ -75,5 +77,5 @@ def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
         "tokens": experiment.run.steps * data.batch_size * data.sequence_length,
         "state_bytes": state,
         "activation_bytes": activations,
-        "bytes_per_device": state * copies / devices + activations / devices,
+        "bytes_per_device": max(state * copies + activations, at_start * copies) / devices,
     }
