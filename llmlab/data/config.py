@@ -9,6 +9,7 @@ from llmlab.core.errors import UserError, nearest
 from llmlab.data.tokenizer import TokenizerConfig
 
 PartSource = Literal["python", "text", "jsonl", "parquet", "huggingface"]
+Rows = Literal["text", "chat", "preference", "ranking", "binary", "steps"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class DataConfig:
     files: a pattern or several, such as `books/*.txt` or `crawl/**/*.jsonl.zst`. In `text`, a file is a document; one
       of more than about four million characters becomes several, cut at line ends.
     field: which field of a row holds the text, where rows have fields.
+    rows: what a row is: `text`; `chat`, a conversation; `preference`, two answers of which one is better; `ranking`,
+      several in order; `binary`, one that is good or bad; `steps`, one whose parts are judged.
+    train_on: which turns of a conversation are learned: every `assistant` turn that its row does not exclude, or the
+      `last` of them.
+    system: what a conversation begins with where it has no system turn of its own; empty for nothing.
     sequence_length: predicted tokens in a row.
     batch_size: rows in a step, all hosts together.
     packing: `best_fit` packs whole documents together, each seeing only itself, and cuts only those longer than a row;
@@ -61,6 +67,9 @@ class DataConfig:
     source: Literal["python", "text", "jsonl", "parquet", "huggingface", "mixture"] = "python"
     files: tuple[str, ...] = ()
     field: str = "text"
+    rows: Rows = "text"
+    train_on: Literal["assistant", "last"] = "assistant"
+    system: str = ""
     sequence_length: int = 256
     batch_size: int = 16
     packing: Literal["best_fit", "chunk"] = "best_fit"
@@ -76,7 +85,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _as_tuples(self, "files", "held_out_files")
         hints = typing.get_type_hints(DataConfig)
-        for name in ("source", "packing", "on_bad_input"):
+        for name in ("source", "rows", "train_on", "packing", "on_bad_input"):
             _check_choice(f"data.{name}", getattr(self, name), hints[name])
         for name, least in (("sequence_length", 1), ("batch_size", 1), ("workers", 0)):
             if getattr(self, name) < least:

@@ -36,6 +36,26 @@ class TokenBatch(NamedTuple):
     segment_ids_BT: jax.Array
 
 
+class GroupBatch(NamedTuple):
+    """Responses that are judged in groups, packed: P groups in a row, of R responses each.
+
+    The response r of a row's group p is segment p·R + r + 1, all of it, its last token included; segment 0 is padding.
+    `targets_BT` are the tokens that come next, `mask_BT` is 1 where the target is the model's to say. `marks_BT` is of
+    the tokens themselves: see `llmlab.data.store`. `present_BPR` is 1 for the responses that are there; `value_BPR` is
+    what the row says of each; `reference_BPR` their log-probability by a reference model, 0 where none is asked for.
+    """
+
+    tokens_BT: jax.Array
+    targets_BT: jax.Array
+    mask_BT: jax.Array
+    positions_BT: jax.Array
+    segment_ids_BT: jax.Array
+    marks_BT: jax.Array
+    present_BPR: jax.Array
+    value_BPR: jax.Array
+    reference_BPR: jax.Array
+
+
 class TextSource:
     """An endless source of training batches over stores, each with its weight, that are shuffled as `config` says.
 

@@ -1,0 +1,214 @@
+"""Conversations, and the template that makes token ids of them: ids, loss mask and stop ids from one object.
+
+Markers are control tokens placed by id, and the text between them is encoded apart, so that text which spells a marker
+stays text. Training, sampling, evaluation and the command line all read and write conversations by a `ChatTemplate`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+from llmlab.core.errors import UserError
+from llmlab.data.tokenizer import CHAT_MARKERS, Tokenizer
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+class ToolCall(NamedTuple):
+    """A tool and what it is given, as one string."""
+
+    name: str
+    arguments: str
+
+
+class Step(NamedTuple):
+    """A part of an answer, and how right it is, from 0 to 1: what process rewards are learned from."""
+
+    text: str
+    label: float
+
+
+class Message(NamedTuple):
+    """One turn. `content` is its text; of an assistant, `thinking` comes before it and `calls` after it.
+
+    name: of the tool, where the role is `tool`. train: whether this turn of an assistant is learned. steps: `content`
+    in its parts, where they are judged.
+    """
+
+    role: Role
+    content: str = ""
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    train: bool = True
+    steps: tuple[Step, ...] = ()
+
+
+Conversation = tuple[Message, ...]
+
+
+class Response(NamedTuple):
+    """A conversation whose last turn is judged, and `value`: the margin, or the label, that its row gives it."""
+
+    conversation: Conversation
+    value: float = 0.0
+
+
+class Example(NamedTuple):
+    """What a row of chat data holds: a conversation, or several that are judged together, the best first.
+
+    kind: a name that evaluations group by.
+    """
+
+    responses: tuple[Response, ...]
+    kind: str = ""
+
+    def dumps(self) -> str:
+        """As JSON, for `loads`."""
+        return json.dumps([[[_sparse(m) for m in r.conversation], r.value] for r in self.responses] + [self.kind])
+
+    @staticmethod
+    def loads(text: str) -> "Example":
+        """The example that `dumps` wrote."""
+        *responses, kind = json.loads(text)
+        return Example(tuple(Response(tuple(map(_message, turns)), value) for turns, value in responses), kind)
+
+
+class Rendered(NamedTuple):
+    """A conversation as tokens. `mask` is 1 where the model is to say the token: an assistant's turn with its end.
+
+    steps: (place of its last token, label) of every step that is judged.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    steps: list[tuple[int, float]]
+
+
+class ChatTemplate(Protocol):
+    """How one family of models spells conversations.
+
+    Attributes:
+      stop_ids: what ends an assistant's turn.
+      fingerprint: changes with whatever changes the ids.
+    """
+
+    stop_ids: tuple[int, ...]
+    fingerprint: str
+
+    def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
+        """The ids of a conversation, from its one BOS (where the family has one); with `generate` an assistant's turn
+        is opened at the end.
+
+        Raises:
+          UserError: the template cannot spell this conversation, or a text holds a lone surrogate.
+        """
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        """The assistant's turn that a model wrote after `generate`, with or without its end.
+
+        A call that is not well formed is text.
+        """
+
+
+def template_for(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that this tokenizer's models are trained with.
+
+    Raises:
+      UserError: it has none: neither our chat markers nor a template of its own.
+    """
+    if all(marker in tokenizer.control for marker in CHAT_MARKERS):
+        return MarkerTemplate(tokenizer)
+    raise UserError(
+        "this tokenizer has no chat markers and brings no chat template: train one with "
+        "data.tokenizer.chat_markers=True, or convert a model whose tokenizer_config.json has a chat_template"
+    )
+
+
+class MarkerTemplate:
+    """Ours: `<s>`, then for every turn a marker of its role, its text, and `<|end|>`.
+
+    <s><|system|>…<|end|><|user|>…<|end|><|assistant|><|think|>…<|/think|>…<|call|>name arguments<|/call|><|end|>
+    <|tool|>name<|result|>…<|end|>
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._id = tokenizer.control
+        self.stop_ids: tuple[int, ...] = (self._id["<|end|>"], tokenizer.eos_id)
+        self.fingerprint = f"markers 1 {tokenizer.fingerprint}"
+
+    def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
+        ids, mask, steps = [self._tokenizer.bos_id], [0], []
+        for message in conversation:
+            opening, body, ends = self._turn(message)
+            steps += [(len(ids) + len(opening) + end, label) for end, label in ends]
+            learned = int(message.role == "assistant" and message.train)
+            ids += opening + body
+            mask += [0] * len(opening) + [learned] * len(body)
+        if generate:
+            ids.append(self._id["<|assistant|>"])
+            mask.append(0)
+        return Rendered(ids, mask, steps)
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        markers = {self._id[name]: name for name in CHAT_MARKERS}
+        message = Message("assistant")
+        held: list[int] = []  # the text since the last marker
+        inside = ""  # the marker that opened it
+
+        def text() -> str:
+            return self._tokenizer.decode(held)
+
+        for id in ids:
+            if id in self.stop_ids:
+                break
+            marker = markers.get(id)
+            if marker is None:
+                held.append(id)
+                continue
+            if inside == "<|think|>" and marker == "<|/think|>":
+                message = message._replace(thinking=message.thinking + text())
+            elif inside == "<|call|>" and marker == "<|/call|>" and text().strip():
+                name, _, arguments = text().strip().partition(" ")
+                message = message._replace(calls=(*message.calls, ToolCall(name, arguments)))
+            else:
+                message = message._replace(content=message.content + text())
+            held, inside = [], marker
+        if inside == "<|think|>":
+            return message._replace(thinking=message.thinking + text())
+        return message._replace(content=message.content + text())
+
+    def _turn(self, message: Message) -> tuple[list[int], list[int], list[tuple[int, float]]]:
+        """What opens the turn, the turn with its end, and where in the latter its steps end."""
+        opening, body = [self._id[f"<|{message.role}|>"]], list[int]()
+        if message.role == "tool" and message.name:
+            opening += [*self._encode(message.name), self._id["<|result|>"]]
+        if message.thinking:
+            body += [self._id["<|think|>"], *self._encode(message.thinking), self._id["<|/think|>"]]
+        ends = []
+        for step in message.steps:
+            body += self._encode(step.text)
+            ends.append((len(body) - 1, step.label))
+        if not message.steps:
+            body += self._encode(message.content)
+        for call in message.calls:
+            text = f"{call.name} {call.arguments}".rstrip(" ")
+            body += [self._id["<|call|>"], *self._encode(text), self._id["<|/call|>"]]
+        return opening, [*body, self._id["<|end|>"]], ends
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+
+def _sparse(message: Message) -> dict[str, Any]:
+    """The fields that are set."""
+    defaults = Message._field_defaults
+    return {name: value for name, value in message._asdict().items() if value != defaults.get(name)}
+
+
+def _message(fields: dict[str, Any]) -> Message:
+    calls = tuple(ToolCall(*call) for call in fields.get("calls", ()))
+    steps = tuple(Step(*step) for step in fields.get("steps", ()))
+    return Message(**(fields | {"calls": calls, "steps": steps}))
