@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from llmlab.data import packing
 from llmlab.data.packing import assemble, pack, pack_index
-from llmlab.data.store import StoreWriter, TokenStore
+from llmlab.data.store import Encoded, StoreWriter, TokenStore
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 
@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=60)
 def fake_store(documents):
     """Only what `assemble` reads."""
     offsets = np.cumsum([0, *map(len, documents)])
-    return SimpleNamespace(tokens=np.concatenate(documents).astype(np.uint16), offsets=offsets)
+    return SimpleNamespace(tokens=np.concatenate(documents).astype(np.uint16), offsets=offsets, judged=None)
 
 
 def pieces_of(index):
@@ -120,7 +120,7 @@ def test_packing_many_documents_is_tight_and_its_work_goes_with_the_row_not_thei
 def real_store(path, lengths):
     writer = StoreWriter(path, np.dtype("<u2"))
     (path / "tokenizer.model").touch()
-    writer.append(np.ones(sum(lengths), np.uint32), np.array(lengths), np.array(lengths))
+    writer.append(Encoded(np.ones(sum(lengths), np.uint32), np.array(lengths), np.array(lengths)))
     writer.finish(fingerprint="f")
     writer.close()
     return TokenStore.open(path)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from llmlab.core.errors import UserError
 from llmlab.data import pipeline, text
 from llmlab.data.pipeline import TextSource, evaluation_batches, evaluation_rows
-from llmlab.data.store import StoreWriter, TokenStore
+from llmlab.data.store import Encoded, StoreWriter, TokenStore
 
 T, B = 8, 4
 CONFIG = text(sequence_length=T, batch_size=B)
@@ -23,7 +23,7 @@ def make_store(path, documents):
     writer = StoreWriter(path, np.dtype("<u2"))
     (path / "tokenizer.model").touch()
     lengths = np.array([len(d) for d in documents])
-    writer.append(np.concatenate(documents).astype(np.uint32), lengths, lengths)
+    writer.append(Encoded(np.concatenate(documents).astype(np.uint32), lengths, lengths))
     writer.finish(fingerprint="f")
     writer.close()
     return TokenStore.open(path)

@@ -162,7 +162,7 @@ def test_workers_import_no_jax_even_if_the_main_script_did(config, tmp_path):
         "sys.modules['jax'] = sys  # stands for an import at the top of the user's script\n"
         "print('main')\n"
         "from llmlab.data import tokenise\n"
-        "pipe = tokenise._start(sys.argv[1])\n"
+        "pipe = tokenise._start(sys.argv[1], 'text')\n"
         "pipe.pipe.send_bytes(b'[\"some words\"]')\n"
         "print(pipe.pipe.recv_bytes().decode())\n"
         "modules = open(f'/proc/{pipe.process.pid}/maps').read()\n"
@@ -179,7 +179,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(config, tmp_path, small_tasks, m
     tokenizer.save(tmp_path / "t")
     started = []
     real = tokenise._start
-    monkeypatch.setattr(tokenise, "_start", lambda path: started.append(real(path)) or started[-1])
+    monkeypatch.setattr(tokenise, "_start", lambda *given: started.append(real(*given)) or started[-1])
     results = encode_all(("some words " * 400 for _ in range(50)), tokenizer, str(tmp_path / "t"), 2)
     next(results)
     os.kill(started[1].process.pid, signal.SIGKILL)
@@ -217,12 +217,12 @@ tokenise.TASK_CHARACTERS, p.COMMIT_SECONDS = 3000, 0.0
 files, cache, seconds = sys.argv[1:]
 config = text("text", files=files, cache_dir=cache, tokenizer=TokenizerConfig(kind="character"), workers=1)
 tokenizer = p.tokenizer_for(config, progress=False)
-encode = tokenise.encode
+encode = tokenise.encode_texts
 def slow(tokenizer, texts):
     time.sleep(float(seconds))
     print("task", flush=True)
     return encode(tokenizer, texts)
-tokenise.encode = slow
+tokenise.encode_texts = slow
 print("done", len(p.prepare(config, tokenizer, "train", progress=False)), flush=True)
 """
 
@@ -242,8 +242,8 @@ def test_killed_half_way_it_goes_on(config, small_tasks, monkeypatch):
     with pytest.raises(store.TornError):
         TokenStore.open(folder)
     tokenised = []
-    real = tokenise.encode
-    monkeypatch.setattr(tokenise, "encode", lambda t, texts: tokenised.extend(texts) or real(t, texts))
+    real = tokenise.encode_texts
+    monkeypatch.setattr(tokenise, "encode_texts", lambda t, texts: tokenised.extend(texts) or real(t, texts))
     tokenizer, found = ready(config)
     assert found.path == folder
     assert tokens_of(found) == encoded(config, tokenizer)
@@ -327,8 +327,8 @@ def test_after_a_bad_row_skipping_goes_on_from_there(config, tmp_path, small_tas
     with pytest.raises(UserError, match="line 5"):
         prepare(bad, tokenizer, "train", progress=False)
     tokenised = []
-    real = tokenise.encode
-    monkeypatch.setattr(tokenise, "encode", lambda t, texts: tokenised.extend(texts) or real(t, texts))
+    real = tokenise.encode_texts
+    monkeypatch.setattr(tokenise, "encode_texts", lambda t, texts: tokenised.extend(texts) or real(t, texts))
     skipping = dataclasses.replace(bad, on_bad_input="skip")
     found = prepare(skipping, tokenizer, "train", progress=False)
     assert (len(found), len(tokenised)) == (6, 2)

@@ -9,14 +9,15 @@ import pytest
 
 from llmlab.core.errors import DiskFull
 from llmlab.data import store
-from llmlab.data.store import StoreWriter, TokenStore, TornError
+from llmlab.data.store import Encoded, StoreWriter, TokenStore, TornError
 
 DOCUMENTS = [[1, 5, 6, 2], [1, 2], [1, 70_000, 2]]
 
 
 def append(writer, documents):
     tokens = np.concatenate([np.array(d, np.uint32) for d in documents])
-    writer.append(tokens, np.array([len(d) for d in documents]), np.array([10 * len(d) for d in documents]))
+    sizes = np.array([len(d) for d in documents])
+    writer.append(Encoded(tokens, sizes, 10 * sizes))
 
 
 def written(path, documents=DOCUMENTS, dtype="<u4"):
@@ -110,7 +111,7 @@ MESSAGES = {
     "offsets_missing": r"documents\.bin is missing",
     "torn_manifest": r"manifest\.json is torn",
     "no_manifest": r"holds no manifest\.json",
-    "other_format": r"has format 0, not 1",
+    "other_format": r"has format 0, not 2",
 }
 
 
@@ -179,7 +180,7 @@ def test_a_torn_record_of_progress_starts_anew(tmp_path, content):
     assert [written(tmp_path).document(i).tolist() for i in range(3)] == DOCUMENTS
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", '{"format": 1}'])
+@pytest.mark.parametrize("content", ["{}", "[]", '{"format": 2}'])
 def test_a_manifest_without_its_facts_is_torn(tmp_path, content):
     written(tmp_path)
     (tmp_path / store.MANIFEST).write_text(content)

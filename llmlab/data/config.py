@@ -52,7 +52,8 @@ class DataConfig:
     sequence_length: predicted tokens in a row.
     batch_size: rows in a step, all hosts together.
     packing: `best_fit` packs whole documents together, each seeing only itself, and cuts only those longer than a row;
-      `chunk` joins all documents and cuts every `sequence_length` tokens.
+      `chunk` joins all documents and cuts every `sequence_length` tokens; `none` gives each a row of its own. Answers
+      that are judged together share a row.
     shuffle: visit the rows in a new random order every epoch, or in the order of the files.
     held_out: the share kept from training, above 0. Files (`python`, `text`) and rows (the others) are chosen by a
       hash of their name or place; a single `text` file is split by position, its end held out.
@@ -72,7 +73,7 @@ class DataConfig:
     system: str = ""
     sequence_length: int = 256
     batch_size: int = 16
-    packing: Literal["best_fit", "chunk"] = "best_fit"
+    packing: Literal["best_fit", "chunk", "none"] = "best_fit"
     shuffle: bool = True
     held_out: float = 0.1
     held_out_files: tuple[str, ...] = ()
@@ -95,6 +96,8 @@ class DataConfig:
                 f"data.held_out={self.held_out} is the share that every run is evaluated on: choose one above 0 and "
                 "below 1, such as 0.1"
             )
+        if self.packing == "chunk" and self.rows != "text":
+            raise UserError(f"data.packing=chunk cuts texts anywhere, but data.rows={self.rows}: set it to best_fit")
         if self.mixture and self.source != "mixture":
             raise UserError(
                 f"data.mixture is set, but data.source={self.source!r} reads no parts: set data.source=mixture"

@@ -8,7 +8,7 @@ import collections
 import functools
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,7 +18,17 @@ import numpy as np
 
 from llmlab.core.errors import UserError
 from llmlab.data.config import DataConfig
-from llmlab.data.packing import Packing, Rows, assemble, pack_index
+from llmlab.data.config import Rows as Kind
+from llmlab.data.packing import (
+    GroupRows,
+    Packing,
+    Rows,
+    assemble,
+    assemble_groups,
+    group_places,
+    groups_shape,
+    pack_index,
+)
 from llmlab.data.store import TokenStore
 
 PADDING = -1
@@ -56,11 +66,16 @@ class GroupBatch(NamedTuple):
     reference_BPR: jax.Array
 
 
+Batch = TokenBatch | GroupBatch
+References = Sequence[np.ndarray] | None
+
+
 class TextSource:
     """An endless source of training batches over stores, each with its weight, that are shuffled as `config` says.
 
     `rows` counts the rows of one epoch, all parts together. `sharding` places the [B, T] arrays; each host then reads
-    only the rows that its own devices hold. Without one they go to the default device.
+    only the rows that its own devices hold. Without one they go to the default device. `references` are the
+    log-probabilities of every store's documents by a reference model.
     """
 
     def __init__(
@@ -70,8 +85,9 @@ class TextSource:
         *,
         seed: int,
         sharding: jax.sharding.Sharding | None = None,
+        references: References = None,
     ):
-        self._packed = _Packed(config.packing, config.sequence_length, [store for store, _ in parts])
+        self._packed, self._references = _packed(config, parts), references
         self._placement = _Placement(config, sharding)
         self.rows = int(self._packed.begins[-1])
         if self.rows < config.batch_size:
@@ -84,9 +100,9 @@ class TextSource:
         # One thread: two would wait for each other, and the training loop for both, at the interpreter's lock. grain's
         # own prefetching costs the loop five times as much as this, up to 1 ms a step on a busy machine.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmlab-data")
-        self._ahead: collections.deque[tuple[int, Future[TokenBatch]]] = collections.deque()
+        self._ahead: collections.deque[tuple[int, Future[Batch]]] = collections.deque()
 
-    def next(self, step: int, state: Any = None) -> TokenBatch:
+    def next(self, step: int, state: Any = None) -> Batch:
         """The batch of `step`; the ones after it are got ready meanwhile. `state` is not looked at."""
         if not self._ahead or self._ahead[0][0] != step:
             while self._ahead:
@@ -97,10 +113,11 @@ class TextSource:
             self._submit(step + 1 + later)
         return batch
 
-    def host_batch(self, step: int) -> Rows:
+    def host_batch(self, step: int) -> Rows | GroupRows:
         """The rows of the batch of `step` that this host's devices hold, in their order."""
         numbers = step * self._batch_size + self._placement.host_rows
-        return self._packed.assemble(np.array([self._order[number] for number in numbers.tolist()]))
+        rows = np.array([self._order[number] for number in numbers.tolist()])
+        return self._packed.assemble(rows, self._references)
 
     def close(self) -> None:
         """Stops reading ahead, for good."""
@@ -109,13 +126,17 @@ class TextSource:
     def _submit(self, step: int) -> None:
         self._ahead.append((step, self._thread.submit(self._batch, step)))
 
-    def _batch(self, step: int) -> TokenBatch:
+    def _batch(self, step: int) -> Batch:
         return self._placement.place(self.host_batch(step))
 
 
 def evaluation_batches(
-    config: DataConfig, parts: Sequence[tuple[TokenStore, float]], *, sharding: jax.sharding.Sharding | None = None
-) -> Iterator[TokenBatch]:
+    config: DataConfig,
+    parts: Sequence[tuple[TokenStore, float]],
+    *,
+    sharding: jax.sharding.Sharding | None = None,
+    references: References = None,
+) -> Iterator[Any]:
     """Every row of every store once, whatever the weights; the last batch is filled up with masked rows.
 
     The rows come mixed, always in the same way: the first batches are a fair sample of all, and the same sample each
@@ -123,9 +144,8 @@ def evaluation_batches(
     """
     packed, placement = _packed(config, parts), _Placement(config, sharding)
     order = np.random.default_rng(EVALUATION_SEED).permutation(packed.begins[-1])
-    filled = np.concatenate([order, np.full(-len(order) % config.batch_size, PADDING)])
-    for rows in filled.reshape(-1, config.batch_size):
-        yield placement.place(packed.assemble(rows[placement.host_rows]))
+    for rows in _in_batches(order, config.batch_size):
+        yield placement.place(packed.assemble(rows[placement.host_rows], references))
 
 
 def evaluation_rows(config: DataConfig, parts: Sequence[tuple[TokenStore, float]]) -> int:
@@ -133,34 +153,100 @@ def evaluation_rows(config: DataConfig, parts: Sequence[tuple[TokenStore, float]
     return int(_packed(config, parts).begins[-1])
 
 
+def by_document(
+    config: DataConfig,
+    store: TokenStore,
+    of_batch: Callable[[GroupBatch], np.ndarray],
+    *,
+    sharding: jax.sharding.Sharding | None = None,
+) -> np.ndarray:
+    """float32 [documents]: a number for each document of a store of groups, which `of_batch` gives as [B, P, R].
+
+    NaN for the documents that are in no row.
+    """
+    packed, placement = _packed(config, [(store, 1.0)]), _Placement(config, sharding)
+    found = np.full(len(store), np.nan, np.float32)
+    for rows in _in_batches(np.arange(packed.begins[-1]), config.batch_size):
+        batch = placement.place(packed.assemble(rows[placement.host_rows]))
+        assert isinstance(batch, GroupBatch)
+        at = group_places(store, packed.indices[0], rows[rows != PADDING])
+        found[at.document] = of_batch(batch)[at.row, at.p, at.r]
+    return found
+
+
+def statistics(config: DataConfig, parts: Sequence[tuple[TokenStore, float]]) -> str:
+    """One line on stores of conversations: how many, how long, and what of them fits into no row.
+
+    Raises:
+      UserError: most would lose their answer.
+    """
+    packed = _packed(config, parts)
+    lengths = np.concatenate([store.lengths for store, _ in parts]) - 1
+    examples = sum(store.manifest["items"] for store, _ in parts)
+    shortened = sum(index.shortened for index in packed.indices)
+    left_out = sum(index.left_out for index in packed.indices)
+    if config.rows == "chat":
+        many, why = (
+            "conversations",
+            f"no answer to learn is within data.sequence_length={config.sequence_length} tokens",
+        )
+    else:
+        many, why = "examples", f"they are longer than data.sequence_length={config.sequence_length} tokens"
+    if 2 * left_out > examples:
+        raise UserError(
+            f"{left_out:,} of {examples:,} {many} would be left out, since {why}: the longest has {lengths.max():,}; "
+            f"raise data.sequence_length, or look at them with `llmlab tokenize --chat`"
+        )
+    median, most, longest = np.percentile(lengths, (50, 95, 100)).astype(int)
+    filled = sum(int(index.pieces[:, 2].sum()) for index in packed.indices) / (
+        packed.begins[-1] * config.sequence_length
+    )
+    line = f"{examples:,} {many} of {median:,} tokens in the median, {most:,} at 95 %, {longest:,} at most"
+    line += f"; rows are filled to {filled:.1%}"
+    line += f"; {shortened:,} lose their end" if shortened else ""
+    return line + (f"; {left_out:,} are left out: {why}" if left_out else "")
+
+
+def _in_batches(order: np.ndarray, batch_size: int) -> np.ndarray:
+    """[batches, B] row numbers, the last filled up with `PADDING`."""
+    return np.concatenate([order, np.full(-len(order) % batch_size, PADDING)]).reshape(-1, batch_size)
+
+
 class _Packed:
     """Stores with their pack indices, read once; the rows of all are numbered on, part p's from `begins[p]`."""
 
-    def __init__(self, packing: Packing, sequence_length: int, stores: Sequence[TokenStore]):
-        self._stores = stores
-        self._indices = [pack_index(store, packing, sequence_length) for store in stores]
-        self.begins = np.cumsum([0, *map(len, self._indices)])
-        self._sequence_length = sequence_length
+    def __init__(self, packing: Packing, sequence_length: int, kind: Kind, stores: Sequence[TokenStore]):
+        self._stores, self._sequence_length = stores, sequence_length
+        self.indices = [pack_index(store, packing, sequence_length, kind) for store in stores]
+        self.begins = np.cumsum([0, *map(len, self.indices)])
+        self._groups: tuple[int, int] | None = None
+        if kind not in ("text", "chat"):
+            shapes_2 = np.array([groups_shape(*each) for each in zip(stores, self.indices, strict=True)])
+            self._groups = tuple(shapes_2.max(axis=0).tolist())
 
-    def assemble(self, rows: np.ndarray) -> Rows:
-        """These rows as arrays [len(rows), T]; `PADDING` gives a row of zeros."""
+    def assemble(self, rows: np.ndarray, references: References = None) -> Rows | GroupRows:
+        """These rows as arrays [len(rows), …]; `PADDING` gives a row of zeros."""
         part_of_row = np.where(rows == PADDING, PADDING, np.searchsorted(self.begins, rows, side="right") - 1)
         if (part_of_row == part_of_row[0]).all() and part_of_row[0] != PADDING:
-            return self._of_part(int(part_of_row[0]), rows)
-        shape = (len(rows), self._sequence_length)
-        out = Rows(*(np.zeros(shape, np.float32 if name == "mask_BT" else np.int32) for name in Rows._fields))
+            return self._of_part(int(part_of_row[0]), rows, references)
+        like = self._of_part(int(np.argmax(np.diff(self.begins) > 0)), np.zeros(1, np.int64), None)
+        whole = [np.zeros((len(rows), *array.shape[1:]), array.dtype) for array in like]
         for part in set(part_of_row.tolist()) - {PADDING}:
             places = np.flatnonzero(part_of_row == part)
-            for whole, some in zip(out, self._of_part(part, rows[places]), strict=True):
-                whole[places] = some
-        return out
+            for array, some in zip(whole, self._of_part(part, rows[places], references), strict=True):
+                array[places] = some
+        return type(like)(*whole)
 
-    def _of_part(self, part: int, rows: np.ndarray) -> Rows:
-        return assemble(self._stores[part], self._indices[part], rows - self.begins[part], self._sequence_length)
+    def _of_part(self, part: int, rows: np.ndarray, references: References) -> Rows | GroupRows:
+        store, index, rows = self._stores[part], self.indices[part], rows - self.begins[part]
+        if self._groups is None:
+            return assemble(store, index, rows, self._sequence_length)
+        reference = None if references is None else references[part]
+        return assemble_groups(store, index, rows, self._sequence_length, self._groups, reference)
 
 
 def _packed(config: DataConfig, parts: Sequence[tuple[TokenStore, float]]) -> _Packed:
-    return _packed_once(config.packing, config.sequence_length, tuple(store for store, _ in parts))
+    return _packed_once(config.packing, config.sequence_length, config.rows, tuple(store for store, _ in parts))
 
 
 _packed_once = functools.lru_cache(maxsize=2)(_Packed)
@@ -177,20 +263,24 @@ class _Placement:
             slices = [index[0] for index in sharding.addressable_devices_indices_map(self._shape).values() if index]
             self.host_rows = np.unique(np.concatenate([self.host_rows[rows] for rows in slices]))
 
-    def place(self, rows: Rows) -> TokenBatch:
+    def place(self, rows: Rows | GroupRows) -> Batch:
         """Global arrays of which this host's part is `rows`."""
+        kind = TokenBatch if isinstance(rows, Rows) else GroupBatch
         if self._sharding is None:
-            return TokenBatch(*jax.device_put(tuple(rows)))
-        return TokenBatch(*(self._global(array_BT, self._sharding) for array_BT in rows))
+            return kind(*jax.device_put(tuple(rows)))
+        return kind(*(self._global(array, self._sharding) for array in rows))
 
-    def _global(self, array_BT: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    def _global(self, array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
         def of_device(index: tuple[slice, ...] | None) -> np.ndarray:
-            rows, times = index or (slice(None), slice(None))
+            rows, *others = index or (slice(None),) * array.ndim
             wanted = range(self._shape[0])[rows]
             begin = int(np.searchsorted(self.host_rows, wanted.start))
-            return array_BT[begin : begin + len(wanted), times]
+            return array[begin : begin + len(wanted), *others]
 
-        return jax.make_array_from_callback(self._shape, sharding, of_device)
+        if array.ndim > 2:
+            assert isinstance(sharding, jax.sharding.NamedSharding)
+            sharding = sharding.update(spec=jax.sharding.PartitionSpec(sharding.spec[0]))
+        return jax.make_array_from_callback((self._shape[0], *array.shape[1:]), sharding, of_device)
 
 
 def _order(begins: np.ndarray, weights: Sequence[float], shuffle: bool, seed: int) -> grain.MapDataset:

@@ -18,6 +18,7 @@ from llmlab.core.config import to_json
 from llmlab.core.errors import UserError
 from llmlab.core.paths import cache_root, clear_when_full, locked
 from llmlab.data import readers, sources_python, store
+from llmlab.data.chat import template_for
 from llmlab.data.config import DataConfig
 from llmlab.data.progress import shown
 from llmlab.data.sources import Report, Split, documents, names_of, source_paths
@@ -101,16 +102,18 @@ def _build(
     with clear_when_full(folder):
         folder.mkdir(exist_ok=True)
         tokenizer.save(folder / store.TOKENIZER)
-        writer = StoreWriter(folder, np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"))
-    if writer.documents:
-        log.warning("going on after %d documents that were tokenised before", writer.documents)
+        narrow = tokenizer.vocab_size <= 1 << 16
+        writer = StoreWriter(folder, np.dtype("<u2" if narrow else "<u4"), judged=config.rows != "text")
+    if writer.items:
+        log.warning("going on after %d documents that were tokenised before", writer.items)
     with _closed(writer), shown(f"tokenising {split}", _size_hint(config, split), progress) as advance:
         texts = (document.text for document in documents(config, split, report))
-        rest = itertools.islice(texts, writer.documents, None)
+        rest = itertools.islice(texts, writer.items, None)
         committed = time.monotonic()
-        with contextlib.closing(encode_all(rest, tokenizer, str(folder / store.TOKENIZER), config.workers)) as results:
+        encoding = encode_all(rest, tokenizer, str(folder / store.TOKENIZER), config.workers, config.rows)
+        with contextlib.closing(encoding) as results:
             for encoded in results:
-                writer.append(*encoded)
+                writer.append(encoded)
                 advance(writer.text_bytes)
                 if time.monotonic() - committed >= COMMIT_SECONDS:
                     writer.commit()
@@ -177,7 +180,10 @@ def _store_fingerprint(config: DataConfig, tokenizer: Tokenizer, split: Split) -
     """`on_bad_input` is no part of it: after a bad row stops the work, `skip` goes on from where it was."""
     split_rule = [split, config.held_out, config.held_out_files]
     cut = readers.MAX_DOCUMENT_CHARACTERS
-    return _digest("tokens", store.FORMAT, _source_identity(config), split_rule, cut, tokenizer.fingerprint)
+    facts: list[Any] = [store.FORMAT, _source_identity(config), split_rule, cut, tokenizer.fingerprint]
+    if config.rows != "text":
+        facts += [config.rows, config.train_on, config.system, template_for(tokenizer).fingerprint]
+    return _digest("tokens", *facts)
 
 
 def _source_identity(config: DataConfig) -> list[Any]:

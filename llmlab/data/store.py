@@ -4,6 +4,10 @@ A store is a folder: `tokens.bin` (uint16 or uint32, little-endian, every docume
 (int64 pairs: where the next document starts, and the bytes of text of this one; a zeroth row of zeros), the tokenizer,
 and `manifest.json`, written last. Only a folder with a manifest that its files agree with is a store.
 
+Where documents are responses to a prompt there are three files more. `marks.bin` has a byte for each token: 0, or 1
+where the model is to say it, or from `STEP` to 255 where a step of the answer ends, from wrong to right. `values.bin`
+has a float32 for each document, what its row says of it, and `groups.bin` an int64, the example that it belongs to.
+
 Sizes are checked at every open. Hashes are checked too, but for files above `HASH_ALWAYS_BYTES` only if the file
 changed since they were last found right.
 """
@@ -13,20 +17,51 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llmlab.core.errors import UserError
 from llmlab.core.paths import clear_when_full, sync_folder, write_atomic
 
-FORMAT = 1
+FORMAT = 2
+COUNTS = ("items", "documents", "tokens", "text_bytes")
 HASH_ALWAYS_BYTES = 1 << 26
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 TOKENS = "tokens.bin"
 DOCUMENTS = "documents.bin"
+MARKS, VALUES, GROUPS = "marks.bin", "values.bin", "groups.bin"
+OF_TEXTS, OF_RESPONSES = (TOKENS, DOCUMENTS), (TOKENS, DOCUMENTS, MARKS, VALUES, GROUPS)
+DTYPES = {DOCUMENTS: "<i8", MARKS: "u1", VALUES: "<f4", GROUPS: "<i8"}
+STEP = 2
 TOKENIZER = "tokenizer.model"
+
+
+NONE = np.empty(0, np.int64)
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens: all joined, the number of tokens of each, and the bytes of text of each.
+
+    marks: of each token. values: of each document. documents: how many each example has. The three are empty where the
+    documents are texts.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+    marks: np.ndarray = NONE
+    values: np.ndarray = NONE
+    documents: np.ndarray = NONE
+
+
+class Judged(NamedTuple):
+    """What a store of responses holds beside their tokens: see above."""
+
+    marks: np.ndarray
+    values: np.ndarray
+    groups: np.ndarray
 
 
 class TornError(UserError):
@@ -34,16 +69,22 @@ class TornError(UserError):
 
 
 class TokenStore:
-    """A split of a source as tokens. `manifest` holds the counts; `tokens` and `offsets` are memory-mapped."""
+    """A split of a source as tokens. `manifest` holds the counts; the arrays are memory-mapped.
+
+    `judged` is None where the documents are texts.
+    """
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         """Use `TokenStore.open`, which checks the files."""
         self.path = path
         self.manifest = manifest
         self.tokens = mapped(path / TOKENS, np.dtype(manifest["dtype"]))
-        rows = mapped(path / DOCUMENTS, np.dtype("<i8")).reshape(-1, 2)
+        rows = mapped(path / DOCUMENTS, np.dtype(DTYPES[DOCUMENTS])).reshape(-1, 2)
         self.offsets = rows[:, 0]
         self.text_bytes = rows[1:, 1]
+        self.judged: Judged | None = None
+        if MARKS in manifest["files"]:
+            self.judged = Judged(*(mapped(path / name, np.dtype(DTYPES[name])) for name in (MARKS, VALUES, GROUPS)))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "TokenStore":
@@ -70,25 +111,33 @@ class TokenStore:
 class StoreWriter:
     """Appends documents to a store, and goes on from the last commit when the process before it was stopped.
 
-    `.documents` counts those already in the folder: the caller passes over as many.
+    `.items` counts the texts or examples already in the folder: the caller passes over as many.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path, self._dtype = path, dtype
+    def __init__(self, path: Path, dtype: np.dtype, *, judged: bool = False):
+        self.path, self._dtype, self._names = path, dtype, OF_RESPONSES if judged else OF_TEXTS
         path.mkdir(parents=True, exist_ok=True)
         state, self._hashes = self._committed()
-        self.documents, self.tokens, self.text_bytes = (state[k] for k in ("documents", "tokens", "text_bytes"))
+        self.items, self.documents, self.tokens, self.text_bytes = (state[key] for key in COUNTS)
         self._files = {name: open(path / name, "ab", buffering=0) for name in self._hashes}  # noqa: SIM115
         for name, file in self._files.items():
             file.truncate(state["files"][name]["bytes"])
         if not state["files"][DOCUMENTS]["bytes"]:
-            self._append(DOCUMENTS, np.zeros(2, "<i8"))
+            self._append(DOCUMENTS, np.zeros(2))
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: np.ndarray) -> None:
-        """Adds documents: their tokens joined, and for each its number of tokens and its bytes of text."""
+    def append(self, encoded: Encoded) -> None:
+        """Adds documents."""
+        tokens, lengths, text_bytes, marks, values, documents = encoded
         rows = np.stack([self.tokens + np.cumsum(lengths), text_bytes], axis=1)
-        self._append(TOKENS, tokens.astype(self._dtype))
-        self._append(DOCUMENTS, rows.astype("<i8"))
+        self._append(TOKENS, tokens)
+        self._append(DOCUMENTS, rows)
+        if MARKS in self._names:
+            self._append(MARKS, marks)
+            self._append(VALUES, values)
+            self._append(GROUPS, np.repeat(np.arange(len(documents)) + self.items, documents))
+            self.items += len(documents)
+        else:
+            self.items += len(lengths)
         self.documents += len(lengths)
         self.tokens += len(tokens)
         self.text_bytes += int(text_bytes.sum())
@@ -117,7 +166,7 @@ class StoreWriter:
             file.close()
 
     def _append(self, name: str, array: np.ndarray) -> None:
-        data = memoryview(array.tobytes())
+        data = memoryview(array.astype(DTYPES.get(name, self._dtype)).tobytes())
         self._hashes[name].update(data)
         with clear_when_full(self.path):
             while data:
@@ -128,13 +177,13 @@ class StoreWriter:
             name: {"bytes": os.fstat(file.fileno()).st_size, "sha256": self._hashes[name].hexdigest()}
             for name, file in self._files.items()
         }
-        counts = {"documents": self.documents, "tokens": self.tokens, "text_bytes": self.text_bytes}
+        counts = {key: getattr(self, key) for key in COUNTS}
         return {"format": FORMAT, "dtype": self._dtype.str, **counts, "files": files}
 
     def _committed(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What an earlier process committed, with its hashes, if the files still hold it; else an empty state."""
-        files = {name: {"bytes": 0} for name in (TOKENS, DOCUMENTS)}
-        empty = {"documents": 0, "tokens": 0, "text_bytes": 0, "files": files}
+        files = {name: {"bytes": 0} for name in self._names}
+        empty = {**dict.fromkeys(COUNTS, 0), "files": files}
         try:
             state = json.loads((self.path / PROGRESS).read_bytes())
             hashes = {name: _hash(self.path / name, state["files"][name]["bytes"]) for name in files}

@@ -1,7 +1,11 @@
-"""Encodes documents in parallel, in their order. The workers are spawned, load no jax, and none can hang the others."""
+"""Encodes documents in parallel, in their order. The workers are spawned, load no jax, and none can hang the others.
+
+A document is a text or, of rows that are conversations, one response with all that comes before it.
+"""
 
 import collections
 import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
@@ -10,16 +14,20 @@ import signal
 import sys
 import traceback
 import types
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from llmlab.core.errors import UserError
+from llmlab.data.chat import Example
+from llmlab.data.config import Rows
+from llmlab.data.store import STEP, Encoded
 
 if TYPE_CHECKING:
+    from llmlab.data.chat import ChatTemplate
     from llmlab.data.tokenizer import Tokenizer
 
 TASK_CHARACTERS = 1 << 19
@@ -30,48 +38,79 @@ class WorkerDiedError(UserError):
     """A worker ended before its work did. What was committed stays, and the next start goes on from there."""
 
 
-class Encoded(NamedTuple):
-    """Documents as tokens: all joined, the number of tokens of each, and the bytes of text of each."""
-
-    tokens: np.ndarray
-    lengths: np.ndarray
-    text_bytes: np.ndarray
+DTYPES = ("<u4", "<i8", "<i8", "u1", "<f4", "<i8")  # of the fields of Encoded
 
 
 def encode_all(
-    texts: Iterable[str], tokenizer: "Tokenizer", tokenizer_path: str, workers: int
+    items: Iterable[str], tokenizer: "Tokenizer", tokenizer_path: str, workers: int, rows: Rows = "text"
 ) -> Generator[Encoded, None, None]:
-    """Every text as [BOS] + tokens + [EOS], some texts at a time, in order.
+    """Every item, some at a time, in order: a text as [BOS] + tokens + [EOS], an example as `encode_examples` has it.
 
     Args:
       tokenizer_path: the same tokenizer, saved; the workers load it from there.
       workers: processes; 0 for one per core, up to 16; 1 for none beside this one.
+      rows: what the items are: texts, or what `Example.dumps` gives.
 
     Raises:
       UserError: the tokenizer refused a text, or a worker died.
     """
-    tasks = _tasks(texts)
+    tasks = _tasks(items)
     first = list(itertools.islice(tasks, workers or min(_cores(), MAX_WORKERS)))
     tasks = itertools.chain(first, tasks)
     if len(first) < 2:  # one worker, or one task, done here before a process would have started
+        encode = _encoder(tokenizer, rows)
         for task in tasks:
-            yield encode(tokenizer, task)
+            yield encode(task)
     else:
-        yield from _parallel(tasks, tokenizer_path, len(first))
+        yield from _parallel(tasks, tokenizer_path, rows, len(first))
 
 
-def encode(tokenizer: "Tokenizer", texts: list[str]) -> Encoded:
-    """The same in this process, all at once."""
-    ids = [np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], np.uint32) for text in texts]
-    lengths = np.array([len(each) for each in ids], np.int64)
-    return Encoded(np.concatenate(ids), lengths, np.array([len(text.encode()) for text in texts], np.int64))
+def _encoder(tokenizer: "Tokenizer", rows: Rows) -> Callable[[list[str]], Encoded]:
+    """Encodes a task in this process."""
+    if rows == "text":
+        return functools.partial(encode_texts, tokenizer)
+    from llmlab.data.chat import template_for
+
+    return functools.partial(encode_examples, template_for(tokenizer), tokenizer.eos_id)
 
 
-def _tasks(texts: Iterable[str]) -> Iterator[list[str]]:
+def encode_texts(tokenizer: "Tokenizer", texts: list[str]) -> Encoded:
+    """Texts, each as [BOS] + tokens + [EOS]."""
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    return _joined(ids, [len(text.encode()) for text in texts])
+
+
+def encode_examples(template: "ChatTemplate", closing_id: int, items: list[str]) -> Encoded:
+    """Examples as their responses, each the ids of its conversation and `closing_id`, whatever their last turn is.
+
+    That one more token is read by nobody: rows hold the tokens that predict another, and the score of an answer is
+    read at its last token, which so is one of them.
+    """
+    ids, marks, sizes, values, documents = [], [], [], [], []
+    for example in map(Example.loads, items):
+        documents.append(len(example.responses))
+        for conversation, value in example.responses:
+            rendered = template.render(conversation)
+            mark = [*rendered.mask, 0]
+            for place, label in rendered.steps:
+                mark[place] = STEP + round(label * (255 - STEP))
+            ids.append([*rendered.ids, closing_id])
+            marks += mark
+            sizes.append(sum(len(message.content.encode()) for message in conversation))
+            values.append(value)
+    return _joined(ids, sizes, marks, values, documents)
+
+
+def _joined(ids: list[list[int]], sizes: list[int], *judged: list[Any]) -> Encoded:
+    columns = [list(itertools.chain.from_iterable(ids)), list(map(len, ids)), sizes, *(judged or ([], [], []))]
+    return Encoded(*(np.array(column, dtype) for column, dtype in zip(columns, DTYPES, strict=True)))
+
+
+def _tasks(items: Iterable[str]) -> Iterator[list[str]]:
     task, size = [], 0
-    for text in texts:
-        task.append(text)
-        size += len(text) + 100  # a document has a cost of its own
+    for item in items:
+        task.append(item)
+        size += len(item) + 100  # a document has a cost of its own
         if size >= TASK_CHARACTERS:
             yield task
             task, size = [], 0
@@ -84,9 +123,11 @@ class _Worker(NamedTuple):
     pipe: Connection
 
 
-def _parallel(tasks: Iterable[list[str]], tokenizer_path: str, workers: int) -> Generator[Encoded, None, None]:
+def _parallel(
+    tasks: Iterable[list[str]], tokenizer_path: str, rows: Rows, workers: int
+) -> Generator[Encoded, None, None]:
     """Gives each worker one task at a time, in turn, so that results come in order and no pipe fills both ways."""
-    idle = collections.deque(_start(tokenizer_path) for _ in range(workers))
+    idle = collections.deque(_start(tokenizer_path, rows) for _ in range(workers))
     busy: collections.deque[_Worker] = collections.deque()
     try:
         for task in tasks:
@@ -105,10 +146,10 @@ def _parallel(tasks: Iterable[list[str]], tokenizer_path: str, workers: int) -> 
             worker.process.join()
 
 
-def _start(tokenizer_path: str) -> _Worker:
+def _start(tokenizer_path: str, rows: Rows) -> _Worker:
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_work, args=(theirs, tokenizer_path), name="llmlab-tokenise", daemon=True)
+    process = spawn.Process(target=_work, args=(theirs, tokenizer_path, rows), name="llmlab-tokenise", daemon=True)
     with _hidden_main():
         process.start()
     theirs.close()  # so that a worker's death is the end of the pipe
@@ -138,8 +179,7 @@ def _result(worker: _Worker) -> Encoded:
     try:
         kind = worker.pipe.recv_bytes()
         if kind == b"encoded":
-            tokens, lengths, text_bytes = (worker.pipe.recv_bytes() for _ in range(3))
-            return Encoded(*(np.frombuffer(b, t) for b, t in ((tokens, "u4"), (lengths, "i8"), (text_bytes, "i8"))))
+            return Encoded(*(np.frombuffer(worker.pipe.recv_bytes(), dtype) for dtype in DTYPES))
         message = worker.pipe.recv_bytes().decode()
     except (EOFError, OSError):
         _died(worker)
@@ -158,26 +198,26 @@ def _died(worker: _Worker) -> NoReturn:
     )
 
 
-def _work(pipe: Connection, tokenizer_path: str) -> None:
+def _work(pipe: Connection, tokenizer_path: str, rows: Rows) -> None:
     """A worker's life: until the parent closes the pipe, or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        for part in _answers(pipe, tokenizer_path):
+        for part in _answers(pipe, tokenizer_path, rows):
             pipe.send_bytes(part)
 
 
-def _answers(pipe: Connection, tokenizer_path: str) -> Iterator[bytes]:
+def _answers(pipe: Connection, tokenizer_path: str, rows: Rows) -> Iterator[bytes]:
     from llmlab.data.tokenizer import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(tokenizer_path)
+        encode = _encoder(load_tokenizer(tokenizer_path), rows)
     except Exception:
         yield from (b"error", traceback.format_exc().encode())
         return
     while True:
         task = json.loads(pipe.recv_bytes())
         try:
-            encoded = encode(tokenizer, task)
+            encoded = encode(task)
         except UserError as error:
             yield from (b"user error", str(error).encode())
         except Exception:

@@ -23,7 +23,7 @@ from llmlab.core.distributed import together
 from llmlab.core.errors import DiskFull, Tripwire, UserError
 from llmlab.core.mesh import Partition, make_partition
 from llmlab.core.paths import cache_root, write_atomic
-from llmlab.data.pipeline import TextSource, TokenBatch, evaluation_batches
+from llmlab.data.pipeline import TextSource, evaluation_batches
 from llmlab.data.prepare import data_fingerprint, prepare_parts, tokenizer_for
 from llmlab.data.sources import source_paths
 from llmlab.data.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     model: Model
     loss: Loss
-    held_out: Callable[[], Iterator[TokenBatch]]
+    held_out: Callable[[], Iterator[Any]]
 
 
 def launch(
