@@ -3,9 +3,11 @@
 import os
 import subprocess
 
-# Tests compile far more than they compute: most of LLVM's optimisation would cost more than it saves.
+# Tests compile far more than they compute: most of LLVM's optimisation would cost more than it saves, and so would
+# the fusion emitters, whose code takes twice as long to compile as the classical one.
 FLAGS = "--xla_force_host_platform_device_count=8"
 FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("LLMLAB_CACHE", os.path.join(os.path.dirname(__file__), ".cache"))

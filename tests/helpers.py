@@ -1,5 +1,7 @@
-"""What several tests share: tiny models, packed batches, differences leaf by leaf."""
+"""What several tests share: tiny models, packed batches, differences leaf by leaf, what each kind of layer keeps."""
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,8 @@ import numpy as np
 from llmlab.data.pipeline import TokenBatch
 from llmlab.model.config import ModelConfig, gpt2, llama
 from llmlab.model.cost import abstract_params
-from llmlab.model.types import Model
+from llmlab.model.transformer import unembed
+from llmlab.model.types import Inputs, Model, Params
 
 VOCAB = 48
 
@@ -64,6 +67,41 @@ def random_params(model: Model, scale: float = 0.3, seed: int = 7) -> Any:
         return (centre + scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, abstract_params(model)))
+
+
+def logits_in_pieces(model: Model, params: Params, tokens_BT: np.ndarray, cuts: Sequence[int]) -> np.ndarray:
+    """The logits of rows that are read into a cache piece by piece; pieces of one length compile once."""
+
+    @jax.jit
+    def step(params: Params, piece: Inputs, cache: Any) -> Any:
+        unstacked = model.unstack(params)
+        out = model.apply(unstacked, piece, cache=cache)
+        return unembed(out.hidden_BTD, model.head(unstacked), model.config.logit_softcap), out.cache
+
+    rows, time = tokens_BT.shape
+    cache, parts = model.init_cache(rows, time), []
+    for begin, end in itertools.pairwise((0, *cuts, time)):
+        positions_BT = np.tile(np.arange(begin, end, dtype=np.int32), (rows, 1))
+        logits_BTV, cache = step(params, Inputs(tokens_BT[:, begin:end], positions_BT, 0 * positions_BT + 1), cache)  # type: ignore[arg-type]
+        parts.append(np.asarray(logits_BTV))
+    assert cache["lengths_B"].tolist() == [time] * rows
+    return np.concatenate(parts, axis=1)
+
+
+def assert_packed_is_as_if_alone(model: Model, params: Params, tolerance: float) -> None:
+    """Two documents in a row give what each gives in a row of its own, padded to the same length."""
+    batch = packed_batch(rows=3, length=14)
+    apply = jax.jit(lambda *row: model.apply(params, Inputs(*row)).hidden_BTD)
+    together = np.asarray(apply(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT))
+    index_BT = np.tile(np.arange(14, dtype=np.int32), (3, 1))
+    for segment in (1, 2):
+        where_B = [np.flatnonzero(ids_T == segment) for ids_T in np.asarray(batch.segment_ids_BT)]
+        alone_BT, real_BT = np.zeros((3, 14), np.int32), np.zeros((3, 14), np.int32)
+        for row, where in enumerate(where_B):
+            alone_BT[row, : len(where)], real_BT[row, : len(where)] = batch.tokens_BT[row, where], 1
+        hidden_BTD = np.asarray(apply(alone_BT, index_BT, real_BT))
+        for row, where in enumerate(where_B):
+            assert relative(together[row, where], hidden_BTD[row, : len(where)]) < tolerance
 
 
 def host(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """The cached path against the full forward, and what `generate` and `stream` promise, on tiny random models."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from llmlab.model.config import gpt2, llama, mamba2
 from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs
+from tests.helpers import random_params
 
-SHAPE = {"width": 32, "layers": 2, "heads": 4, "vocab_size": 41, "max_positions": 64, "init_std": 0.5}
+SHAPE = {"width": 32, "layers": 2, "heads": 4, "vocab_size": 41, "max_positions": 64}
 CONFIGS = {
     "gpt2": gpt2(**SHAPE),
     "llama_gqa": llama(**SHAPE, kv_heads=2),
@@ -24,14 +26,19 @@ CONFIGS = {
     "mamba": mamba2(**SHAPE, ssm=SsmConfig(state=8, head_dim=16, chunk=8)),
     "hybrid": llama(**SHAPE, pattern=("mamba", "global"), ssm=SsmConfig(state=8, head_dim=16, chunk=8, mlp=True)),
 }
-SLOW = ("mamba", "hybrid")  # what a step of theirs is, is tested with the layer
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS]
+# Most tests are of one model, with as many rows and as many tokens: they share what was compiled.
+NAME, ROWS, TIME = "window", 3, 24
+SAMPLED = {"temperature": 1.2, "top_k": 20, "repetition_penalty": 1.2}
+
+
+def names(*fast):
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.slow]) for name in CONFIGS]
 
 
 @functools.cache
 def built(name):
     model = make_model(CONFIGS[name])
-    return model, jax.jit(model.init)(jax.random.key(1)), jax.jit(model.logits)
+    return model, random_params(model, scale=0.5), jax.jit(model.logits)
 
 
 def tokens(rows, time, seed=0):
@@ -57,56 +64,56 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, atol=1e-5 * float(np.max(np.abs(want))), rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(NAME))
 def test_prefill_and_decode_are_the_full_forward(name):
     model, params, full = built(name)
-    rows, time, lengths_B = 3, 24, np.array([1, 7, 12])
-    tokens_BT = tokens(rows, time)
-    want_BTV = full(params, tokens_BT)
-    call, cache = cached_logits(name), model.init_cache(rows, time)
+    tokens_BT, lengths_B = tokens(ROWS, TIME), np.array([1, 7, 12])
+    want_BTV = np.asarray(full(params, tokens_BT))
+    call, cache = cached_logits(name), model.init_cache(ROWS, TIME)
     prompt_BT = np.where(np.arange(12)[None] < lengths_B[:, None], tokens_BT[:, :12], 40)
-    logits_BTV, cache = call(prompt_BT, jnp.zeros(rows, int), lengths_B, cache)
+    logits_BTV, cache = call(prompt_BT, np.zeros(ROWS, int), lengths_B, cache)
+    logits_BTV = np.asarray(logits_BTV)
     for row, length in enumerate(lengths_B):
         assert_close(logits_BTV[row, :length], want_BTV[row, :length])
     for step in range(12):
         at_B = lengths_B + step
-        logits_BTV, cache = call(tokens_BT[np.arange(rows), at_B][:, None], at_B, np.ones(rows, int), cache)
-        assert_close(logits_BTV[:, 0], want_BTV[np.arange(rows), at_B])
+        logits_BTV, cache = call(tokens_BT[np.arange(ROWS), at_B][:, None], at_B, np.ones(ROWS, int), cache)
+        assert_close(np.asarray(logits_BTV)[:, 0], want_BTV[np.arange(ROWS), at_B])
     np.testing.assert_array_equal(cache["lengths_B"], lengths_B + 12)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "window", pytest.param("hybrid", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", names(NAME))
 def test_a_prompt_read_in_two_parts(name):
     model, params, full = built(name)
-    tokens_BT = tokens(2, 20)
-    call, cache = cached_logits(name), model.init_cache(2, 20)
-    first_BTV, cache = call(tokens_BT[:, :12], np.array([0, 0]), np.array([12, 3]), cache)
-    # The second row's second part starts where its first ended.
-    second_BT = np.stack([tokens_BT[0, 12:20], tokens_BT[1, 3:11]])
-    second_BTV, cache = call(second_BT, np.array([12, 3]), np.array([8, 8]), cache)
-    want_BTV = full(params, tokens_BT)
-    assert_close(first_BTV[0], want_BTV[0, :12])
-    assert_close(second_BTV[0], want_BTV[0, 12:])
-    assert_close(second_BTV[1], want_BTV[1, 3:11])
+    tokens_BT, first_B, second_B = tokens(ROWS, TIME), np.array([12, 3, 7]), np.array([12, 9, 5])
+    call, cache = cached_logits(name), model.init_cache(ROWS, TIME)
+    first_BTV, cache = call(tokens_BT[:, :12], np.zeros(ROWS, int), first_B, cache)
+    # Each row's second part starts where its first ended.
+    second_BT = np.stack([tokens_BT[row, start : start + 12] for row, start in enumerate(first_B)])
+    second_BTV, _ = call(second_BT, first_B, second_B, cache)
+    first_BTV, second_BTV, want_BTV = map(np.asarray, (first_BTV, second_BTV, full(params, tokens_BT)))
+    for row, (first, second) in enumerate(zip(first_B, second_B, strict=True)):
+        assert_close(first_BTV[row, :first], want_BTV[row, :first])
+        assert_close(second_BTV[row, :second], want_BTV[row, first : first + second])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names(NAME, "gpt2"))
 def test_greedy_is_the_argmax_of_the_full_forward(name):
     model, params, full = built(name)
-    prompt_BT, lengths_B = tokens(3, 9), np.array([9, 1, 4])
-    out_BT = generate(model, params, prompt_BT, max_tokens=20, prompt_lengths_B=lengths_B)
-    assert out_BT.shape == (3, 29)
+    prompt_BT, lengths_B = tokens(ROWS, 8), np.array([8, 1, 4])
+    out_BT = generate(model, params, prompt_BT, max_tokens=16, prompt_lengths_B=lengths_B)
+    assert out_BT.shape == (ROWS, TIME)
     likeliest_BT = np.argmax(full(params, out_BT), axis=-1)
     for row, length in enumerate(lengths_B):
         np.testing.assert_array_equal(out_BT[row, :length], prompt_BT[row, :length])
-        np.testing.assert_array_equal(out_BT[row, length : length + 20], likeliest_BT[row, length - 1 : length + 19])
-        assert (out_BT[row, length + 20 :] == 0).all()
+        np.testing.assert_array_equal(out_BT[row, length : length + 16], likeliest_BT[row, length - 1 : length + 15])
+        assert (out_BT[row, length + 16 :] == 0).all()
 
 
 def test_rows_do_not_influence_each_other():
-    model, params, _ = built("window")
-    prompt_BT, lengths_B = tokens(3, 9), np.array([9, 2, 5])
-    settings = {"max_tokens": 14, "temperature": 1.0, "repetition_penalty": 1.3, "top_k": 20}
+    model, params, _ = built(NAME)
+    prompt_BT, lengths_B = tokens(ROWS, 9), np.array([9, 3, 5])
+    settings = SAMPLED | {"max_tokens": 14}
     together_BT = generate(model, params, prompt_BT, prompt_lengths_B=lengths_B, seed=[3, 4, 5], **settings)
     for row, length in enumerate(lengths_B):
         alone_BT = generate(model, params, prompt_BT[row : row + 1, :length], seed=3 + row, **settings)
@@ -114,50 +121,56 @@ def test_rows_do_not_influence_each_other():
 
 
 def test_seeds():
-    model, params, _ = built("llama_gqa")
-    prompt_BT = np.repeat(tokens(1, 5), 3, axis=0)
-    settings = {"max_tokens": 16, "temperature": 1.5}
+    model, params, _ = built(NAME)
+    prompt_BT = np.repeat(tokens(1, 5), ROWS, axis=0)
+    settings = SAMPLED | {"max_tokens": 16}
     out_BT = generate(model, params, prompt_BT, seed=[7, 7, 8], **settings)
     np.testing.assert_array_equal(out_BT[0], out_BT[1])
     assert (out_BT[0] != out_BT[2]).any()
     np.testing.assert_array_equal(generate(model, params, prompt_BT, seed=7, **settings)[[0, 1]], out_BT[[0, 2]])
     # Positions name the draws: going on from a longer prompt gives the same text.
-    longer_BT = generate(model, params, out_BT[:1, :12], max_tokens=9, temperature=1.5, seed=7)
+    longer_BT = generate(model, params, out_BT[:1, :12], seed=7, **SAMPLED, max_tokens=9)
     np.testing.assert_array_equal(longer_BT[0], out_BT[0])
 
 
 def test_a_stop_id_ends_its_row_only():
-    model, params, _ = built("llama_gqa")
-    prompt_BT = tokens(2, 6, seed=3)
+    model, params, _ = built(NAME)
+    prompt_BT = tokens(ROWS, 6, seed=3)
     free_BT = generate(model, params, prompt_BT, max_tokens=12)
-    stop = next(int(id) for id in free_BT[0, 8:] if id not in free_BT[1, 6:])
+    stop = next(int(id) for id in free_BT[0, 8:] if id not in free_BT[1:, 6:])
     place = int(np.argmax(free_BT[0, 6:] == stop))
     out_BT = generate(model, params, prompt_BT, max_tokens=12, stop_ids=[stop], pad_id=40)
     np.testing.assert_array_equal(out_BT[0, : 7 + place], free_BT[0, : 7 + place])
     assert (out_BT[0, 7 + place :] == 40).all()
-    np.testing.assert_array_equal(out_BT[1], free_BT[1])
-    first, second = continuations(out_BT, 6, 12, [stop])
+    np.testing.assert_array_equal(out_BT[1:], free_BT[1:])
+    first, *others = continuations(out_BT, 6, 12, [stop])
     assert first == free_BT[0, 6 : 7 + place].tolist()
-    assert second == free_BT[1, 6:].tolist()
+    assert others == free_BT[1:, 6:].tolist()
     assert list(stream(model, params, prompt_BT[0].tolist(), max_tokens=12, stop_ids=[stop])) == first
 
 
 def test_the_repetition_penalty_sees_prompt_and_continuation():
-    model, params, _ = built("llama_gqa")
-    prompt_BT = np.arange(20, dtype=np.int32)[None]
-    out_BT = generate(model, params, prompt_BT, max_tokens=21, repetition_penalty=1e9)
-    # Every penalised logit is either near zero or hugely negative: ids with positive logits run out before any repeats.
-    logits_BTV = np.array(built("llama_gqa")[2](params, out_BT))
-    for at in range(20, 41):
-        logits_V = logits_BTV[0, at - 1]
-        seen = np.unique(out_BT[0, :at])
+    model, params, full = built(NAME)
+    prompt_BT = tokens(ROWS, 8)
+    out_BT = generate(model, params, prompt_BT, max_tokens=16, repetition_penalty=1e9)
+    logits_BTV, avoided = np.array(full(params, out_BT)), set()
+    for row, at in itertools.product(range(ROWS), range(8, TIME)):
+        logits_V = logits_BTV[row, at - 1]
+        likeliest = np.argmax(logits_V)
+        avoided |= {"prompt"} if likeliest in prompt_BT[row] else set()
+        avoided |= {"continuation"} if likeliest in set(out_BT[row, 8:at]) - set(prompt_BT[row]) else set()
+        seen = np.unique(out_BT[row, :at])
+        # Every penalised logit is either near zero or hugely negative.
         logits_V[seen] = np.where(logits_V[seen] > 0, logits_V[seen] / 1e9, logits_V[seen] * 1e9)
-        assert out_BT[0, at] == np.argmax(logits_V)
+        assert out_BT[row, at] == np.argmax(logits_V)
+    assert avoided == {"prompt", "continuation"}, "the test can fail for either"
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.2, "top_p": 0.9, "repetition_penalty": 1.2}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [SAMPLED, pytest.param({"temperature": 0.9, "top_p": 0.9}, marks=pytest.mark.slow)]
+)
 def test_the_stream_is_what_generate_gives(settings):
-    model, params, _ = built("window")
+    model, params, _ = built(NAME)
     prompt_BT = tokens(1, 7)
     want_BT = generate(model, params, prompt_BT, max_tokens=15, seed=5, **settings)
     streamed = list(stream(model, params, prompt_BT[0].tolist(), max_tokens=15, seed=5, **settings))
@@ -165,20 +178,22 @@ def test_the_stream_is_what_generate_gives(settings):
 
 
 def test_unstacked_parameters_give_the_same():
-    model, params, _ = built("window")
-    prompt_BT = tokens(2, 7)
-    want_BT = generate(model, params, prompt_BT, max_tokens=6)
-    np.testing.assert_array_equal(generate(model, model.unstack(params), prompt_BT, max_tokens=6), want_BT)
+    model, params, _ = built(NAME)
+    prompt_BT = tokens(ROWS, 7)
+    want_BT = generate(model, params, prompt_BT, max_tokens=12)
+    unstacked = jax.jit(model.unstack)(params)
+    np.testing.assert_array_equal(generate(model, unstacked, prompt_BT, max_tokens=12), want_BT)
 
 
 def test_calls_that_differ_little_compile_once():
-    model, params, _ = built("llama_gqa")
+    model, params, _ = built(NAME)
     compiled = [module._generate, module._first, module._one_more]
-    generate(model, params, tokens(2, 5), max_tokens=9, temperature=0.5, top_k=3)
-    list(stream(model, params, [1, 2, 3], max_tokens=4, temperature=0.5))
+    generate(model, params, tokens(ROWS, 9), max_tokens=14, **SAMPLED)
+    list(stream(model, params, list(range(9)), max_tokens=10, **SAMPLED))
     before = [function._cache_size() for function in compiled]
-    generate(model, params, tokens(2, 7), max_tokens=4, temperature=0.9, top_k=5, seed=3)
-    list(stream(model, params, [1, 2, 3, 4, 5], max_tokens=6, temperature=0.7))
+    other = {"temperature": 0.9, "top_k": 5, "repetition_penalty": 1.4}
+    generate(model, params, tokens(ROWS, 12), max_tokens=9, seed=3, **other)
+    list(stream(model, params, list(range(7)), max_tokens=12, **other))
     assert [function._cache_size() for function in compiled] == before
 
 
@@ -207,13 +222,13 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_mistakes_are_user_errors(name):
-    model, params, _ = built("llama_gqa")
+    model, params, _ = built(NAME)
     arguments, message = BAD[name]
     with pytest.raises(UserError, match=message):
         generate(model, params, **{"prompt_BT": tokens(1, 6), "max_tokens": 5} | arguments)
 
 
 def test_a_stream_fails_before_its_first_token():
-    model, params, _ = built("llama_gqa")
+    model, params, _ = built(NAME)
     with pytest.raises(UserError, match="empty"):
         stream(model, params, [], max_tokens=5)

@@ -25,7 +25,7 @@ from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model
 from llmlab.train import check as run_check
 from llmlab.train.config import resolve
-from tests.helpers import tiny_llama
+from tests.helpers import random_params, tiny_llama
 
 
 def failed(rows):
@@ -35,10 +35,10 @@ def failed(rows):
 @pytest.mark.parametrize(
     "kind",
     [
-        {"implementation": "blockwise"},
         {"implementation": "blockwise", "packed": True, "window": 50},
         {"implementation": "short", "packed": True, "softcap": 5.0},
-        {"causal": False},
+        pytest.param({"implementation": "blockwise"}, marks=pytest.mark.slow),
+        pytest.param({"causal": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -48,7 +48,7 @@ def test_attention_passes(kind):
     assert failed(rows) == []
 
 
-@pytest.mark.parametrize("implementation", ["short", "blockwise"])
+@pytest.mark.parametrize("implementation", ["short", pytest.param("blockwise", marks=pytest.mark.slow)])
 def test_attention_with_sinks_and_narrow_values_passes(implementation):
     rows = check_attention(12, 4, 2, jnp.float32, value_dim=8, sinks=True, packed=True, implementation=implementation)
     assert {row.name for row in rows} >= {"attention", "gradient of v", "gradient of sinks_N"}
@@ -101,7 +101,7 @@ def test_ignored_segment_ids_are_caught(monkeypatch):
     assert "attention" in failed(check_attention(8, 2, 1, jnp.float32, packed=True, **kind))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_state_space_passes(packed):
     rows = check_ssm(8, 4, jnp.float32, chunk=16, groups=2, packed=packed, implementation="chunked")
     gradients = {f"gradient of {name}" for name in ("x", "dt", "rate", "b", "c")}
@@ -277,6 +277,14 @@ def test_a_run_and_its_check_use_the_same_versions(sections, expected, used):
     assert {each.keywords["implementation"] for each in run_check.kernel_checks(experiment)} == expected
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Weights of twins by numpy: how they begin is not what is checked, and takes long to compile."""
+    monkeypatch.setattr(
+        run_check, "make_model", lambda *given: (m := make_model(*given))._replace(init=lambda key: random_params(m))
+    )
+
+
 def small_run(**sections):
     """As the quickstart, over a narrow model."""
     narrow = tiny_llama(dtype="float32", vocab_size=64, max_positions=512)
@@ -352,7 +360,7 @@ def test_a_run_that_asks_for_cudnn_is_refused_at_its_check(monkeypatch):
         run_check.kernel_rows(small_run(model={"attention": "cudnn", "dtype": "bfloat16"}, data={"packing": "chunk"}))
 
 
-def test_gradients_are_compared_in_full_precision(monkeypatch):
+def test_gradients_are_compared_in_full_precision(drawn, monkeypatch):
     seen = []
 
     def noted(loss, params, *args):
@@ -368,7 +376,7 @@ def test_gradients_are_compared_in_full_precision(monkeypatch):
     assert seen == ["highest", "highest"]
 
 
-def test_a_state_is_saved_in_the_folder_given_and_nothing_left(tmp_path, monkeypatch):
+def test_a_state_is_saved_in_the_folder_given_and_nothing_left(drawn, tmp_path, monkeypatch):
     saved = []
     right = run_check.Checkpoints
     monkeypatch.setattr(run_check, "Checkpoints", lambda folder: (saved.append(folder), right(folder))[1])

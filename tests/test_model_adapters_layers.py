@@ -1,5 +1,6 @@
 """Quantised and adapted weights in experts, latent attention and Mamba: which they are, and all read alike."""
 
+import itertools
 import math
 
 import jax
@@ -19,7 +20,7 @@ from llmlab.model.transformer import make_model, unembed
 from llmlab.model.types import Inputs, inputs
 from llmlab.objective import NextTokenConfig
 from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_llama
-from tests.test_model_adapters import built, model_of, products_of
+from tests.test_model_adapters import abstract, built, model_of, products_of
 
 MIXED = ExpertsConfig(count=4, chosen=2, shared=1, first_dense=1, score="sigmoid", correction=True, bias=True)
 LATENT = LatentConfig(kv_rank=8, q_rank=8, nope_dim=6, rope_dim=4, value_dim=6)
@@ -48,8 +49,15 @@ def test_matrices_are_these_and_no_norm_router_convolution_or_vector(name):
     assert EXPECTED[name] <= found <= EXPECTED[name] | ORDINARY
 
 
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("name", CONFIGS)
+def cases(of_bits, fast):
+    """Every kind of layer is in the fast cases of one of the tests."""
+    return [
+        pytest.param(name, bits, marks=[] if (name, bits) in fast else [pytest.mark.slow])
+        for name, bits in itertools.product(CONFIGS, of_bits)
+    ]
+
+
+@pytest.mark.parametrize("name, bits", cases((4, 8), fast=[("experts", 4), ("latent", 4)]))
 def test_quantised_weights_are_read_as_the_dense_ones(name, bits):
     model, quantised, _, _ = built(config=CONFIGS[name], bits=bits)
     logits = jax.jit(model.logits)
@@ -58,8 +66,7 @@ def test_quantised_weights_are_read_as_the_dense_ones(name, bits):
     assert relative(logits(random_params(model), TOKENS_BT), expected) > 1e-3
 
 
-@pytest.mark.parametrize("bits", [0, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name, bits", cases((0, 4), fast=[("mamba", 0)]))
 def test_before_its_first_step_lora_gives_exactly_the_logits_of_its_base(name, bits):
     model, params, _, adapter = built(config=CONFIGS[name], bits=bits, trained=False)
     logits = jax.jit(model.logits)
@@ -111,17 +118,18 @@ def test_gradients_are_those_through_the_merged_weights(name, kind):
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_experts_take_no_product_as_large_as_their_weights(kind):
     """Neither the gradient of a full weight nor A·B, over a base of 4 bits too."""
-    model, params, _, adapter = built(kind, config=CONFIGS["experts"], bits=4, include="E[DF]{2}$")
+    model, params, adapter = abstract(kind, 4, CONFIGS["experts"], include="E[DF]{2}$")
     large = math.prod(leaf_at(params, "layers.1.mlp.gate_EDF").shape[1:])
 
     def loss(params):
         return jnp.sum(jnp.square(model.apply(params, inputs(TOKENS_BT[:, :7])).hidden_BTD))
 
-    def sizes(function, argument):
-        return {math.prod(shape) for shape in products_of(jax.grad(function), argument)}
+    def sizes(read):
+        function = jax.grad(lambda adapter, params: loss(read(params, adapter)))
+        return {math.prod(shape) for shape in products_of(function, adapter, params)}
 
-    assert large not in sizes(lambda adapter: loss(adapted(params, adapter)), adapter)
-    assert large in sizes(lambda adapter: loss(merge_adapter(params, adapter)), adapter), "the test can fail"
+    assert large not in sizes(adapted)
+    assert large in sizes(merge_adapter), "the test can fail"
 
 
 @pytest.mark.slow

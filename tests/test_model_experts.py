@@ -17,13 +17,23 @@ from llmlab.model.cost import abstract_params, parameter_count, product_paramete
 from llmlab.model.experts import Experts
 from llmlab.model.routing import BALANCE_LOSS, LOAD, MAX_LOAD, Z_LOSS, ExpertsConfig
 from llmlab.model.ssm import SsmConfig
-from llmlab.model.transformer import make_model, unembed
+from llmlab.model.transformer import make_model
 from llmlab.model.types import Inputs, inputs
 from llmlab.objective import NextTokenConfig
 from llmlab.train.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from llmlab.train.state import start
 from llmlab.train.step import accumulated_gradients, make_step
-from tests.helpers import VOCAB, assert_close, host, packed_batch, random_params, relative, tiny_llama
+from tests.helpers import (
+    VOCAB,
+    assert_close,
+    assert_packed_is_as_if_alone,
+    host,
+    logits_in_pieces,
+    packed_batch,
+    random_params,
+    relative,
+    tiny_llama,
+)
 from tests.test_model_transformer import Doubled
 
 SIGMOID = dict(count=8, chosen=3, score="sigmoid", correction=True)
@@ -330,14 +340,19 @@ def test_in_a_hybrid_only_what_has_an_mlp_has_experts():
     """Layers of mixers alone count nothing, and the correction of each other layer moves by its own counts."""
     experts = ExpertsConfig(count=4, correction=True, correction_speed=0.5)
     ssm = SsmConfig(state=4, head_dim=4, chunk=8)
-    config = tiny_llama(layers=5, pattern=("mamba", "global"), ssm=ssm, experts=experts)
+    config = tiny_llama(layers=5, pattern=("mamba", "global"), ssm=ssm, experts=experts, scan=True)
     assert [config.has_experts(layer) for layer in range(5)] == [False, True, False, True, False]
     model = make_model(config)
     params = random_params(model)
-    out = jax.jit(model.apply)(params, inputs(jnp.asarray(np.arange(32).reshape(2, 16) % VOCAB)))
-    count_LE = np.asarray(out.aux[LOAD].sum)
+    tokens_BT = np.arange(32, dtype=np.int32).reshape(2, 16) % VOCAB
+
+    @jax.jit
+    def counted_and_moved(params):
+        aux = model.apply(params, inputs(tokens_BT)).aux
+        return aux[LOAD].sum, model.post_step(params, aux)
+
+    count_LE, moved = jax.tree.map(np.asarray, counted_and_moved(params))
     assert count_LE.shape == (2, 4)
-    moved = model.post_step(params, out.aux)
     for i in range(2):
         before, after = (tree["layers"]["1"]["mlp"]["correction_E"][i] for tree in (params, moved))
         np.testing.assert_allclose(after - before, 0.5 * np.sign(count_LE[i].mean() - count_LE[i]), atol=1e-6)
@@ -368,34 +383,26 @@ def apply(config: ModelConfig, params, row: Inputs):
     return jax.jit(lambda row: make_model(config).apply(params, row).hidden_BTD)(row)
 
 
+@functools.cache
+def shallow(name: str):
+    """(model, weights) of one layer of each kind."""
+    model = make_model(in_float64(MODELS[name], layers=2))
+    return model, random_params(model)
+
+
 @pytest.mark.parametrize("name", ["deepseek", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_a_packed_document_is_read_as_if_alone(name):
     with jax.enable_x64(True):
-        params = random_params(make_model(in_float64(MODELS[name])))
-        batch = packed_batch(rows=2, length=14)
-        together = apply(
-            in_float64(MODELS[name]), params, Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-        )
-        for row, segment in ((0, 1), (1, 2)):
-            where = np.flatnonzero(batch.segment_ids_BT[row] == segment)
-            alone = apply(in_float64(MODELS[name]), params, inputs(jnp.asarray(batch.tokens_BT[row, where])[None]))
-            assert relative(together[row, where], alone[0]) < 1e-10
+        assert_packed_is_as_if_alone(*shallow(name), 1e-10)
 
 
 @pytest.mark.parametrize("name", ["deepseek", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_prefill_and_decode_equal_the_full_forward(name):
     with jax.enable_x64(True):
-        params = random_params(make_model(in_float64(MODELS[name])))
-        model = make_model(in_float64(MODELS[name]))
-        tokens_BT = jax.random.randint(jax.random.key(3), (2, 14), 0, VOCAB)
-        whole, expected = inputs(tokens_BT), jax.jit(model.logits)(params, tokens_BT)
-        cache, parts, unstacked = model.init_cache(2, 16), [], model.unstack(params)
-        step = jax.jit(lambda piece, cache: model.apply(unstacked, piece, cache=cache))
-        for begin, end in [(0, 6), (6, 9), *((t, t + 1) for t in range(9, 14))]:
-            out = step(Inputs(*(x[:, begin:end] for x in whole[:3])), cache)
-            cache = out.cache
-            parts.append(unembed(out.hidden_BTD, model.head(unstacked), None))
-        assert relative(jnp.concatenate(parts, axis=1), expected) < 1e-10
+        model, params = shallow(name)
+        tokens_BT = np.random.default_rng(3).integers(VOCAB, size=(2, 14))
+        expected = jax.jit(model.logits)(params, tokens_BT)
+        assert relative(logits_in_pieces(model, params, tokens_BT, (6, 12, 13)), expected) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["deepseek", pytest.param("gpt-oss", marks=pytest.mark.slow)])
@@ -430,18 +437,23 @@ def corrections(params) -> np.ndarray:
     return np.asarray(params["layers"]["1"]["mlp"]["correction_E"])
 
 
-def statistics(model, params, batch):
-    row = Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    return jax.jit(lambda params, row: model.apply(params, row).aux)(params, row)
+@functools.cache
+def corrected():
+    """(model, one step: what moved, and the load of the busiest expert and of all)"""
+    model = make_model(CORRECTED)
+
+    def step(params, batch):
+        aux = model.apply(params, Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)).aux
+        return model.post_step(params, aux), aux[MAX_LOAD].sum / aux[MAX_LOAD].weight, aux[LOAD].sum
+
+    return model, jax.jit(step)
 
 
 def test_the_correction_moves_towards_those_that_saw_too_few():
-    model = make_model(CORRECTED)
+    model, step = corrected()
     params = random_params(model)
-    batch = packed_batch()
-    aux = statistics(model, params, batch)
-    counts_LE = np.asarray(aux[LOAD].sum)
-    moved_LE = corrections(model.post_step(params, aux)) - corrections(params)
+    moved, _, counts_LE = jax.tree.map(np.asarray, step(params, packed_batch(rows=16, length=32)))
+    moved_LE = corrections(moved) - corrections(params)
     expected_LE = 0.01 * np.sign(counts_LE.mean(1, keepdims=True) - counts_LE)
     assert len(np.unique(np.sign(expected_LE))) > 1
     np.testing.assert_allclose(moved_LE, expected_LE, atol=1e-7)
@@ -464,19 +476,14 @@ def test_each_slots_correction_moves_by_its_own_layers():
 
 
 def test_the_correction_balances_a_skewed_router():
-    model = make_model(CORRECTED)
+    model, step = corrected()
     params = random_params(model, scale=0.1)
     skewed = params["layers"]["1"]["mlp"]
-    skewed["correction_E"] = jnp.tile(jnp.asarray([0.5, 0.4, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0], jnp.float32), (1, 1))
-
-    @jax.jit
-    def step(params, batch):
-        aux = model.apply(params, Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)).aux
-        return model.post_step(params, aux), aux[MAX_LOAD].sum / aux[MAX_LOAD].weight
+    skewed["correction_E"] = np.array([[0.5, 0.4, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0]], np.float32)
 
     loads = []
     for seed in range(80):
-        params, load = step(params, packed_batch(rows=16, length=32, seed=seed))
+        params, load, _ = step(params, packed_batch(rows=16, length=32, seed=seed))
         loads.append(float(load))
     assert loads[0] > 2.5
     assert np.mean(loads[-10:]) < 1.4

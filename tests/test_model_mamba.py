@@ -20,13 +20,22 @@ from llmlab.objective import NextTokenConfig
 from llmlab.train.check import twin
 from llmlab.train.config import resolve
 from llmlab.train.step import accumulated_gradients
-from tests.helpers import VOCAB, assert_close, host, packed_batch, random_params, relative, tiny_llama
+from tests.helpers import (
+    VOCAB,
+    assert_close,
+    assert_packed_is_as_if_alone,
+    host,
+    packed_batch,
+    random_params,
+    relative,
+    tiny_llama,
+)
 
 SSM = SsmConfig(state=6, head_dim=4, groups=2, conv=3, chunk=4)
 EVERYTHING = dataclasses.replace(SSM, bias=True, conv_bias=False, mlp=True, norm=False, dt_min=0.4, dt_max=0.8)
 CONFIGS = {
     "pure": mamba2(width=16, layers=2, vocab_size=VOCAB, max_positions=64, ssm=SSM),
-    "hybrid": tiny_llama(layers=4, pattern=("mamba", "mamba", "global"), ssm=SSM),
+    "hybrid": tiny_llama(layers=3, pattern=("mamba", "global"), ssm=SSM),
     "everything": tiny_llama(layers=2, kv_heads=4, pattern=("mamba", "global"), norm_after=True, ssm=EVERYTHING),
 }
 
@@ -126,7 +135,13 @@ def built(name, dtype="float32"):
 
 
 @pytest.mark.parametrize(
-    "name, dtype, tolerance", [("hybrid", "float32", 1e-5), *((name, "float64", 1e-10) for name in CONFIGS)]
+    "name, dtype, tolerance",
+    [
+        pytest.param("hybrid", "float32", 1e-5, marks=pytest.mark.slow),
+        pytest.param("hybrid", "float64", 1e-10, marks=pytest.mark.slow),
+        ("pure", "float64", 1e-10),
+        ("everything", "float64", 1e-10),
+    ],
 )
 def test_logits_equal_a_float64_reference(name, dtype, tolerance):
     with jax.enable_x64(dtype == "float64"):
@@ -151,26 +166,16 @@ def test_each_setting_moves_the_reference(change):
 
 
 def test_a_packed_document_is_read_as_if_alone():
-    model, params = built("hybrid")
-    batch = packed_batch(rows=3, length=14)
-    apply = jax.jit(lambda *row: model.apply(params, Inputs(*row)).hidden_BTD)
-    together = apply(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    for row in range(3):
-        for segment in (1, 2):
-            where = np.flatnonzero(batch.segment_ids_BT[row] == segment)
-            alone, index_T = np.zeros(14, np.int32), np.arange(14, dtype=np.int32)
-            alone[: len(where)] = batch.tokens_BT[row, where]
-            hidden_BTD = apply(alone[None], index_T[None], (index_T < len(where)).astype(np.int32)[None])
-            assert relative(together[row, where], hidden_BTD[0, : len(where)]) < 1e-5
+    assert_packed_is_as_if_alone(*built("hybrid"), 1e-5)
 
 
 @functools.cache
 def cached():
     """A compiled call of the cached hybrid: of T tokens in each row the first `added_B` are real."""
     model, params = built("hybrid")
-    unstacked = model.unstack(params)
 
     def call(tokens_BT, starts_B, added_B, cache):
+        unstacked = model.unstack(params)
         offsets_1T = jnp.arange(tokens_BT.shape[1])[None]
         row = Inputs(tokens_BT, starts_B[:, None] + offsets_1T, (offsets_1T < added_B[:, None]).astype(jnp.int32))
         out = model.apply(unstacked, row, cache=cache)
@@ -182,10 +187,11 @@ def cached():
 def test_prefill_and_decode_of_ragged_prompts_equal_the_full_forward():
     model, params = built("hybrid")
     tokens_BT, lengths_B = np.random.default_rng(1).integers(VOCAB, size=(4, 16)), np.array([1, 2, 6, 9])
-    want_BTV = jax.jit(model.logits)(params, jnp.asarray(tokens_BT, jnp.int32))
+    want_BTV = np.asarray(jax.jit(model.logits)(params, jnp.asarray(tokens_BT, jnp.int32)))
     call, cache, rows = cached(), model.init_cache(4, 16), np.arange(4)
     prompt_BT = np.where(np.arange(9)[None] < lengths_B[:, None], tokens_BT[:, :9], 7)
     got_BTV, cache = call(prompt_BT, np.zeros(4, int), lengths_B, cache)
+    got_BTV = np.asarray(got_BTV)
     for row, length in enumerate(lengths_B):
         assert relative(got_BTV[row, :length], want_BTV[row, :length]) < 1e-5
     # A second piece of several tokens, ragged too: the first row is given none of them.
@@ -193,12 +199,13 @@ def test_prefill_and_decode_of_ragged_prompts_equal_the_full_forward():
     piece_BT = np.zeros((4, 9), int)
     piece_BT[:, :3] = np.take_along_axis(tokens_BT, lengths_B[:, None] + np.arange(3)[None], axis=1)
     got_BTV, cache = call(piece_BT, lengths_B, added_B, cache)
+    got_BTV = np.asarray(got_BTV)
     for row, (start, added) in enumerate(zip(lengths_B, added_B, strict=True)):
         assert relative(got_BTV[row, :added], want_BTV[row, start : start + added]) < 1e-5
     lengths_B = lengths_B + added_B
     for _ in range(4):
         got_BTV, cache = call(tokens_BT[rows, lengths_B][:, None], lengths_B, np.ones(4, int), cache)
-        assert relative(got_BTV[:, 0], want_BTV[rows, lengths_B]) < 1e-5
+        assert relative(np.asarray(got_BTV)[:, 0], want_BTV[rows, lengths_B]) < 1e-5
         lengths_B = lengths_B + 1
     np.testing.assert_array_equal(cache["lengths_B"], lengths_B)
 
@@ -286,10 +293,10 @@ def test_heads_are_split_over_devices_and_shared_groups_are_not():
 
 
 def test_initial_weights_are_the_papers():
-    config = mamba2(width=256, layers=2, vocab_size=VOCAB, ssm=SsmConfig(head_dim=2, dt_init_floor=2e-3))
+    config = mamba2(width=256, layers=1, vocab_size=VOCAB, ssm=SsmConfig(head_dim=2, dt_init_floor=2e-3))
     mamba = host(jax.jit(make_model(config).init)(jax.random.key(0))["layers"]["0"]["mamba"])
     rates, steps = np.exp(mamba["log_rate_N"]), np.log1p(np.exp(mamba["dt_bias_N"]))
-    assert rates.shape == (2, 256)
+    assert rates.shape == (1, 256)
     assert 1 <= rates.min() < 1.5
     assert 15.5 < rates.max() <= 16
     assert rates.mean() == pytest.approx(8.5, rel=0.1)
@@ -298,7 +305,7 @@ def test_initial_weights_are_the_papers():
     assert np.median(steps) == pytest.approx(0.01, rel=0.3)
     assert (mamba["skip_N"] == 1).all()
     assert np.abs(mamba["conv_x_WNH"]).max() == pytest.approx(0.5, rel=0.01)
-    assert mamba["out_NHD"].std() == pytest.approx((512 * 4) ** -0.5, rel=0.05)
+    assert mamba["out_NHD"].std() == pytest.approx((512 * 2) ** -0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -30,7 +30,7 @@ def built(kind="dora", include="", config: ModelConfig = QWEN, **overrides):
 
 
 @pytest.mark.parametrize("config, include", [(QWEN, "query|up_DF|head"), (GPT2, "out_NHD|mlp|head")])
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=pytest.mark.slow), "dora"])
 def test_what_is_saved_is_loaded_again(kind, config, include, tmp_path):
     model, settings, adapter = built(kind, include, config, rslora=True)
     save_peft(model, adapter, settings, tmp_path / "a")

@@ -15,15 +15,16 @@ from llmlab.model import weights
 from llmlab.model.cost import tree_bytes
 from llmlab.model.matrices import leaf_at, matrices, with_leaves
 from llmlab.model.quantise import QuantiseConfig, QuantisedLeaf, quantise
-from llmlab.model.transformer import make_model, unembed
+from llmlab.model.transformer import make_model
 from llmlab.model.types import Inputs, inputs
-from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_llama
+from tests.helpers import VOCAB, assert_close, logits_in_pieces, packed_batch, random_params, relative, tiny_llama
 
 SCHEMES = {
     "8 bits": QuantiseConfig(8),
     "8 bits, groups of 4": QuantiseConfig(8, group=4),
     "4 bits, groups of 8": QuantiseConfig(4, group=8, include=""),
 }
+GROUPS, SLOW = "4 bits, groups of 8", pytest.mark.slow
 INPUTS = {"query_DNH": 1, "key_DKH": 1, "value_DKH": 1, "out_NHD": 2, "gate_DF": 1, "up_DF": 1, "down_FD": 1}
 
 
@@ -123,7 +124,7 @@ def test_memory_is_as_the_arithmetic_says(built, scheme, bits_each):
     assert found == 2 * 3 * 16 * 32 * bits_each / 8
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param(name, marks=[] if name == GROUPS else SLOW) for name in SCHEMES])
 def test_logits_are_as_far_off_as_the_scheme_in_numpy_puts_them(built, scheme):
     (model, params), config = built, SCHEMES[scheme]
     tokens_BT = jax.random.randint(jax.random.key(5), (4, 16), 0, VOCAB)
@@ -136,20 +137,14 @@ def test_logits_are_as_far_off_as_the_scheme_in_numpy_puts_them(built, scheme):
     assert 1e-3 < relative(ours, exact) < {8: 0.03, 4: 0.5}[config.bits]
 
 
-@pytest.mark.parametrize("scheme", ["8 bits", "4 bits, groups of 8"])
+@pytest.mark.parametrize("scheme", [pytest.param("8 bits", marks=SLOW), GROUPS])
 def test_the_model_reads_it_as_the_dense_weights(built, scheme):
     model, params = built
     quantised = quantise(model, params, SCHEMES[scheme])
-    tokens_BT = jax.random.randint(jax.random.key(1), (2, 8), 0, VOCAB)
+    tokens_BT = np.random.default_rng(1).integers(VOCAB, size=(2, 8))
     expected = jax.jit(model.logits)(weights.whole(quantised), tokens_BT)
     assert relative(jax.jit(model.logits)(quantised, tokens_BT), expected) < 1e-6
-    unstacked, cache, parts = model.unstack(quantised), model.init_cache(2, 8), []
-    step = jax.jit(lambda piece, cache: model.apply(unstacked, piece, cache=cache))
-    for begin in (0, 4):
-        out = step(Inputs(*(x[:, begin : begin + 4] for x in inputs(tokens_BT)[:3])), cache)
-        cache = out.cache
-        parts.append(unembed(out.hidden_BTD, model.head(quantised), None))
-    assert relative(jnp.concatenate(parts, axis=1), expected) < 1e-5
+    assert relative(logits_in_pieces(model, quantised, tokens_BT, (4,)), expected) < 1e-5
 
 
 def test_gradients_pass_through_it_as_through_the_dense_weights(built):

@@ -1,6 +1,7 @@
 """The model against plain numpy in float64, and the invariances that packing, caching, scanning and remat promise."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -12,9 +13,19 @@ from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.model.config import ModelConfig
 from llmlab.model.rope import RopeConfig
-from llmlab.model.transformer import make_model, unembed
+from llmlab.model.transformer import make_model
 from llmlab.model.types import Inputs, inputs
-from tests.helpers import VOCAB, assert_close, packed_batch, random_params, relative, tiny_gpt2, tiny_llama
+from tests.helpers import (
+    VOCAB,
+    assert_close,
+    assert_packed_is_as_if_alone,
+    logits_in_pieces,
+    packed_batch,
+    random_params,
+    relative,
+    tiny_gpt2,
+    tiny_llama,
+)
 
 FAMILIES = {
     "gpt2": tiny_gpt2(),
@@ -92,19 +103,30 @@ def reference_logits(config: ModelConfig, params: dict, tokens_T: np.ndarray) ->
     return logits if not config.logit_softcap else config.logit_softcap * np.tanh(logits / config.logit_softcap)
 
 
-def built(config: ModelConfig):
-    model = make_model(config)
+@functools.cache
+def built(family: str):
+    model = make_model(FAMILIES[family])
     return model, random_params(model)
+
+
+TOKENS_BT = np.random.default_rng(1).integers(VOCAB, size=(2, 14)).astype(np.int32)
+
+
+@functools.cache
+def logits_of(family: str) -> np.ndarray:
+    model, params = built(family)
+    return np.asarray(jax.jit(model.logits)(params, TOKENS_BT))
+
+
+# What the reference pins for each family, the one with everything keeps for the others too.
+MOSTLY = [pytest.param(name, marks=[] if name == "everything" else [pytest.mark.slow]) for name in FAMILIES]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_a_float64_reference(family):
-    model, params = built(FAMILIES[family])
-    tokens_BT = jax.random.randint(jax.random.key(1), (2, 12), 0, VOCAB)
-    logits_BTV = jax.jit(model.logits)(params, tokens_BT)
-    for row in range(2):
-        expected = reference_logits(model.config, params, np.asarray(tokens_BT[row]))
-        assert relative(logits_BTV[row], expected) < 2e-6
+    model, params = built(family)
+    for tokens_T, logits_TV in zip(TOKENS_BT, logits_of(family), strict=True):
+        assert relative(logits_TV, reference_logits(model.config, params, tokens_T)) < 2e-6
 
 
 @pytest.mark.parametrize(
@@ -121,62 +143,42 @@ def test_logits_equal_a_float64_reference(family):
 )
 def test_each_setting_moves_the_reference(change):
     """The reference test can fail: a wrong setting moves the logits by far more than its tolerance."""
-    model, params = built(FAMILIES["everything"])
+    model, params = built("everything")
     tokens_T = np.arange(12) % VOCAB
     right = reference_logits(model.config, params, tokens_T)
     wrong = reference_logits(dataclasses.replace(model.config, **change), params, tokens_T)
     assert relative(wrong, right) > 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOSTLY)
 def test_no_logit_depends_on_a_later_token(family):
-    model, params = built(FAMILIES[family])
-    x_BTD = jax.random.normal(jax.random.key(2), (1, 9, model.config.width))
-    row = inputs(jnp.zeros((1, 9), jnp.int32))
+    model, params = built(family)
+    x_BTD = np.random.default_rng(2).standard_normal((1, 9, model.config.width)).astype(np.float32)
 
     def hidden(x_BTD):
+        row = inputs(jnp.zeros((1, 9), jnp.int32))
         return model.apply(params, row._replace(embeddings_BTD=x_BTD)).hidden_BTD[0]
 
-    reach_TS = np.asarray(jnp.abs(jax.jit(jax.jacobian(hidden))(x_BTD)).sum(axis=(1, 2, 4)))
+    reach_TS = np.abs(np.asarray(jax.jit(jax.jacobian(hidden))(x_BTD))).sum(axis=(1, 2, 4))
     assert (np.triu(reach_TS, k=1) == 0).all()
     assert (np.diag(reach_TS) > 0).all()
     assert reach_TS[8, 7] > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOSTLY)
 def test_a_packed_document_is_read_as_if_alone(family):
-    model, params = built(FAMILIES[family])
-    batch = packed_batch(rows=3, length=14)
-    apply = jax.jit(lambda *row: model.apply(params, Inputs(*row)).hidden_BTD)
-    together = apply(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    for row in range(3):
-        for segment in (1, 2):
-            where = np.flatnonzero(batch.segment_ids_BT[row] == segment)
-            # The same length for each, by padding, so that it compiles once.
-            alone, index_T = np.zeros(14, np.int32), np.arange(14, dtype=np.int32)
-            alone[: len(where)] = batch.tokens_BT[row, where]
-            hidden_BTD = apply(alone[None], index_T[None], (index_T < len(where)).astype(np.int32)[None])
-            assert relative(together[row, where], hidden_BTD[0, : len(where)]) < 1e-5
+    assert_packed_is_as_if_alone(*built(family), 1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOSTLY)
 def test_prefill_and_decode_equal_the_full_forward(family):
-    model, params = built(FAMILIES[family])
-    tokens_BT = jax.random.randint(jax.random.key(3), (2, 14), 0, VOCAB)
-    whole = inputs(tokens_BT)
-    expected = jax.jit(model.logits)(params, tokens_BT)
-    cache, parts, unstacked = model.init_cache(2, 16), [], model.unstack(params)
-    step = jax.jit(lambda piece, cache: model.apply(unstacked, piece, cache=cache))
-    for begin, end in [(0, 6), (6, 9), *((t, t + 1) for t in range(9, 14))]:
-        out = step(Inputs(*(x[:, begin:end] for x in whole[:3])), cache)
-        cache = out.cache
-        parts.append(unembed(out.hidden_BTD, model.head(unstacked), model.config.logit_softcap))
-    assert relative(jnp.concatenate(parts, axis=1), expected) < 1e-5
-    assert cache["lengths_B"].tolist() == [14, 14]
+    assert relative(logits_in_pieces(*built(family), TOKENS_BT, (6, 12, 13)), logits_of(family)) < 1e-5
 
 
-def gradients(config: ModelConfig, params, batch):
-    model = make_model(config)
+@functools.cache
+def gradients(**changes):
+    model, (_, params) = make_model(dataclasses.replace(FAMILIES["everything"], **changes)), built("everything")
+    batch = packed_batch(rows=2, length=10)
 
     def loss(params):
         out = model.apply(params, Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT))
@@ -185,13 +187,17 @@ def gradients(config: ModelConfig, params, batch):
     return jax.jit(jax.grad(loss))(params)
 
 
-def test_how_it_runs_changes_no_gradient():
-    config = FAMILIES["everything"]
-    _, params = built(config)
-    batch = packed_batch(rows=2, length=10)
-    expected = gradients(config, params, batch)
-    for change in (dict(scan=True), dict(remat="full"), dict(remat="dots", scan=True)):
-        assert_close(gradients(dataclasses.replace(config, **change), params, batch), expected, 1e-5)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(remat="dots", scan=True),
+        pytest.param(dict(scan=True), marks=pytest.mark.slow),
+        pytest.param(dict(remat="full"), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_how_it_runs_changes_no_gradient(change):
+    assert_close(gradients(**change), gradients(), 1e-5)
 
 
 class Doubled:
@@ -214,9 +220,10 @@ class Doubled:
 jax.tree_util.register_pytree_node(Doubled, lambda leaf: ((leaf.half,), None), lambda _, parts: Doubled(*parts))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_leaf_may_stand_for_a_weight(scan):
-    model, params = built(dataclasses.replace(FAMILIES["llama"], scan=scan))
+    model = make_model(dataclasses.replace(FAMILIES["llama"], scan=scan))
+    params = random_params(model)
     packed = jax.tree.map(lambda leaf: Doubled(leaf / 2), params)
     tokens_BT = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
     logits = jax.jit(model.logits)
@@ -225,12 +232,12 @@ def test_a_leaf_may_stand_for_a_weight(scan):
 
 def test_parameters_are_born_sharded():
     partition = make_partition(MeshConfig(fsdp=4, tensor=2))
-    model = make_model(tiny_llama(), partition)
+    model = make_model(tiny_llama(layers=1), partition)
     params = jax.jit(model.init, out_shardings=partition.shardings(model.axes))(jax.random.key(0))
     query_LDNH = params["layers"]["0"]["attention"]["query_DNH"]
     assert query_LDNH.sharding.spec == jax.P(None, "fsdp", "tensor", None)
-    assert query_LDNH.addressable_shards[0].data.shape == (2, 4, 2, 4)
-    alone = jax.jit(make_model(tiny_llama()).init)(jax.random.key(0))
+    assert query_LDNH.addressable_shards[0].data.shape == (1, 4, 2, 4)
+    alone = jax.jit(make_model(tiny_llama(layers=1)).init)(jax.random.key(0))
     assert_close(params, alone, 1e-6)
 
 

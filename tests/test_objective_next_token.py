@@ -20,7 +20,7 @@ def test_loss_and_bits_per_byte_by_their_formulas(logprobs):
     config = NextTokenConfig(z_loss=0.01, logprobs=logprobs)
     total, metrics = jax.jit(lambda p, b: config.make(model, BYTES_V)(p, b, None))(params, batch)
 
-    hidden_BTD = np.asarray(model.apply(params, _inputs(batch)).hidden_BTD, np.float64)
+    hidden_BTD = np.asarray(jax.jit(model.apply)(params, _inputs(batch)).hidden_BTD, np.float64)
     logits_BTV = 4.0 * np.tanh(hidden_BTD @ np.asarray(model.head(params), np.float64) / 4.0)
     logz_BT = np.log(np.exp(logits_BTV).sum(-1))
     logp_BT = np.take_along_axis(logits_BTV, np.asarray(batch.targets_BT)[..., None], -1)[..., 0] - logz_BT
