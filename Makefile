@@ -6,16 +6,38 @@ WORKDIR ?= runs/quickstart
 INSTALLED = $(VENV)/.installed
 PARITY_INSTALLED = $(VENV)/.parity-installed
 
-.PHONY: quickstart test test-parity test-slow check lock bench clean
+ASSISTANT ?= runs/assistant
+SEED ?= 0
+
+.PHONY: quickstart assistant test test-parity test-slow check lock bench clean
 
 quickstart: $(INSTALLED)  ## train, evaluate and sample a small language model, offline
 	$(BIN)/llmlab train --config=experiments/quickstart.py --workdir=$(WORKDIR)
 	$(BIN)/llmlab sample --workdir=$(WORKDIR) --prompt=def --max_tokens=64
 
+assistant: $(ASSISTANT)/.dpo $(ASSISTANT)/.reward  ## pretrain, fine-tune, reward model, preferences: offline, a table at the end
+	$(BIN)/llmlab report --workdir=$(ASSISTANT)
+
+# A stage that is done is not run again; one that was stopped goes on from its last checkpoint.
+$(ASSISTANT)/.pretrain: | $(INSTALLED)
+	$(call stage,pretrain,experiments/assistant/pretrain.py)
+
+$(ASSISTANT)/.sft: $(ASSISTANT)/.pretrain
+	$(call stage,sft,experiments/assistant/sft.py:$(ASSISTANT)/pretrain)
+
+$(ASSISTANT)/.reward $(ASSISTANT)/.dpo: $(ASSISTANT)/.%: $(ASSISTANT)/.sft
+	$(call stage,$*,experiments/assistant/$*.py:$(ASSISTANT)/sft)
+
+define stage
+$(BIN)/llmlab train --config=$(2) --workdir=$(ASSISTANT)/$(1) --config.run.seed=$(SEED)
+$(BIN)/llmlab eval --workdir=$(ASSISTANT)/$(1)
+touch $(ASSISTANT)/.$(1)
+endef
+
 test: $(INSTALLED) check  ## format, lint, types, and every test that takes seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch and transformers
+test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch, transformers, PEFT and TRL
 	$(BIN)/python -m pytest -n 2 -m parity
 
 test-slow: $(INSTALLED)  ## what takes minutes, kills processes or fills a disk
@@ -47,6 +69,7 @@ $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check 'transformers>=5,<6'
 	$(BIN)/pip install --quiet --disable-pip-version-check 'peft>=0.17,<1'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'trl>=1.16,<1.17'
 	touch $@
 
 clean:

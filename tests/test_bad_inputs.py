@@ -23,7 +23,7 @@ def empty_place(tmp_path, monkeypatch):
     """An empty folder to stand in, an empty cache, and jax as it was afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)
@@ -124,6 +124,13 @@ CONFIGS = {
         ["model.widht", "did you mean", "width"],
     ),
     "sample from nowhere": (["sample", "--workdir=nowhere"], ["there is no workdir", "nowhere"]),
+    "chat with nowhere": (["chat", "--workdir=nowhere"], ["there is no workdir", "nowhere"]),
+    "rank without prompts": (["rank", "--workdir=nowhere", "--out=x"], ["--prompts is missing"]),
+    "rank one answer": (
+        ["rank", "--workdir=nowhere", "--prompts=p", "--out=x", "--answers=1"],
+        ["--answers=1", "from 2 to 9"],
+    ),
+    "rank by unknown pairs": (["rank", "--workdir=nowhere", "--pairs=worst"], ["pairs", "worst"]),
     "report on nowhere": (["report", "--workdir=nowhere"], ["nowhere"]),
     "evaluate nowhere": (["eval", "--workdir=nowhere"], ["nowhere"]),
     "wrong number": (["sample", "--workdir=nowhere", "--top_k=many"], ["top_k", "many"]),

@@ -30,7 +30,21 @@ FLAGS = {
         "repetition_penalty",
         "seed",
     ],
-    "eval": ["workdir", "tasks", "few_shot", "source", "files", "split", "limit", "needle", "needle_lengths"],
+    "chat": ["workdir", "system", "max_tokens", "temperature", "top_p", "seed", "tools"],
+    "rank": ["workdir", "prompts", "out", "answers", "pairs", "drafts", "max_tokens", "temperature", "top_p", "seed"],
+    "eval": [
+        "workdir",
+        "conversations",
+        "turn_tokens",
+        "tasks",
+        "few_shot",
+        "source",
+        "files",
+        "split",
+        "limit",
+        "needle",
+        "needle_lengths",
+    ],
     "quantise": ["workdir", "bits", "group", "include", "rows", "source", "files"],
     "report": ["workdir"],
     "tokenize": ["workdir", "model"],
@@ -41,7 +55,7 @@ FLAGS = {
 @pytest.fixture(autouse=True)
 def jax_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path))
-    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
     before = jax.config.jax_compilation_cache_dir
     yield
     jax.config.update("jax_compilation_cache_dir", before)

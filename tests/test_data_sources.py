@@ -2,6 +2,7 @@
 
 import builtins
 import gzip
+import itertools
 import json
 import sysconfig
 from pathlib import Path
@@ -10,10 +11,13 @@ import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.data import readers, sources_python, text
+from llmlab.data.chat import Example
 from llmlab.data.config import MixturePart
+from llmlab.data.rows import examples
 from llmlab.data.sources import Report, documents, source_paths
 
 zstandard = pytest.importorskip("zstandard")
+ROOT = Path(__file__).parent.parent
 
 
 def read(config, split="all", report=None):
@@ -48,6 +52,47 @@ def test_jsonl_gives_the_named_field(tmp_path, suffix):
     assert read(text("jsonl", files=str(path), field="body")) == ["one", "two\nlines", "drei"]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_json_file_may_be_one_array(tmp_path, suffix):
+    found = [{"text": "one"}, {"text": 'two "[{\\', "n": [1.5e3, {"a": None}]}, {"text": "é漢😀\n"}]
+    config = text("jsonl", files=str(tmp_path / f"a.json{suffix}"))
+    for indent, ascii in itertools.product((None, 2), (True, False)):
+        content = json.dumps(found, indent=indent, ensure_ascii=ascii)
+        packed(tmp_path / f"a.json{suffix}", f"\ufeff {content}\n".encode())
+        assert read(config) == [row["text"] for row in found]
+    packed(tmp_path / f"a.json{suffix}", rows("line", "by line"))
+    assert read(config) == ["line", "by line"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+def test_an_array_is_the_same_however_it_is_read(tmp_path, monkeypatch, size):
+    """A piece may end within a word, a number, an escape, a string or a bracket."""
+    monkeypatch.setattr(readers, "READ_BYTES", size)
+    long = [{"x": "😀é\\" * 9, "y": [True, False, None, -1.25e-7, 12345678901234567890]}] * 3
+    for found in ([{"a": 1}], long, [{}, {"b": {"c": ["]", "}", '"']}}, {"d": float("inf"), "e": -float("inf")}]):
+        (tmp_path / "a.json").write_text(json.dumps(found))
+        assert [row.fields for row in readers.jsonl_rows(tmp_path / "a.json")] == found
+    (tmp_path / "a.json").write_text('[12345, {"a": 1}]')
+    number, row = readers.jsonl_rows(tmp_path / "a.json")
+    assert (number.reason, row.fields) == ("not a JSON object", {"a": 1})
+
+
+def test_of_a_long_array_only_a_part_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "READ_BYTES", 100)
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 50}] * 5000))
+    held = []
+    real = readers._Cursor.value
+    monkeypatch.setattr(readers._Cursor, "value", lambda self: held.append(len(self._text)) or real(self))
+    assert len(list(readers.jsonl_rows(tmp_path / "a.json"))) == len(held) == 5000
+    assert max(held) < 400
+
+
+def test_a_row_of_an_array_is_named_by_line_and_number(tmp_path):
+    (tmp_path / "a.json").write_text('[\n  {"text": "a"},\n\n  {"text":\n 3}\n]')
+    with pytest.raises(UserError, match=r"a\.json line 4, row 2 \('text' is int\): field is not text"):
+        read(text("jsonl", files=str(tmp_path / "a.json")))
+
+
 def test_characters_cut_by_a_read_are_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "READ_BYTES", 1)
     path = packed(tmp_path / "a.txt.gz", "añ漢😀".encode())
@@ -67,6 +112,10 @@ def test_parquet_and_hugging_face(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.table({"n": [1, 2], "body": ["one", "two"]}), tmp_path / "a.parquet")
     assert read(text("parquet", files=str(tmp_path / "a.parquet"), field="body")) == ["one", "two"]
+    assert [row.fields for row in readers.parquet_rows(tmp_path / "a.parquet", "body")] == [
+        {"body": "one"},
+        {"body": "two"},
+    ]
     with pytest.raises(UserError, match=r"it has 'n', 'body'.*no field 'text'; set data\.field"):
         read(text("parquet", files=str(tmp_path / "a.parquet")))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 but no more")
@@ -79,6 +128,10 @@ def test_hugging_face_folder(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "set")
     assert read(text("huggingface", files=str(tmp_path / "set"))) == ["one", "two"]
+    chat = [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}]
+    datasets.Dataset.from_list(chat).save_to_disk(tmp_path / "chat")
+    (found,) = read(text("huggingface", files=str(tmp_path / "chat"), rows="chat"))
+    assert [Example.loads(found)] == examples(chat[0], "chat")
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["x"]})}).save_to_disk(tmp_path / "both")
     with pytest.raises(UserError, match=r"splits train: set data\.files=.*both/train"):
         read(text("huggingface", files=str(tmp_path / "both")))
@@ -119,6 +172,15 @@ BAD = {
     "row_utf8": ("jsonl", "a.jsonl", rows("a") + b'{"text": "\xff"}\n', r"line 2 .*invalid UTF-8", ["a"]),
     "nested": ("jsonl", "a.jsonl", rows("a") + b'{"text": ' + b"[" * 200_000 + b"\n", r"line 2 .*not JSON", ["a"]),
     "surrogate": ("jsonl", "a.jsonl", rows("a") + b'{"text": "\\ud800"}\n', r"line 2: lone surrogate", ["a"]),
+    "array_empty": ("jsonl", "a.json", b" [ ]", r"a\.json: empty file", []),
+    "array_cut": ("jsonl", "a.json", b'[{"text": "a"},\n{"text": "b"}', r"line 2 .'the end' where ',' sho", ["a", "b"]),
+    "array_cut_row": ("jsonl", "a.json", b'[{"text": "a"}, {"text": "b', r"line 1 .Unterminated.*not JSON", ["a"]),
+    "array_comma": ("jsonl", "a.json", b'[{"text": "a"}\n{"text": "b"}]', r"line 2 .*where ',' should come", ["a"]),
+    "array_more": ("jsonl", "a.json", b'[{"text": "a"}]\n[]', r"line 2 \('\[' where 'the end' should", ["a"]),
+    "array_row": ("jsonl", "a.json", b'[{"text": "a"}, 12, {"text": "b"}]', r"row 2: not a JSON object", ["a", "b"]),
+    "array_nonsense": ("jsonl", "a.json", b'[{"text": "a"},\n{"text": nul}]' + b" " * 99, r"line 2 .*not JSON", ["a"]),
+    "array_utf8": ("jsonl", "a.json", b'[{"text": "a"},\n{"text": "\xff"}]', r"line 2 .*invalid UTF-8", []),
+    "array_nested": ("jsonl", "a.json", b'[{"text": ' + b"[" * 200_000, r"line 1 .*not JSON", []),
     "jsonl_cut": ("jsonl", "a.jsonl.zst", zstandard.compress(rows(*"abcdefgh"))[:-1], r"cut short", None),
 }  # fmt: skip
 
@@ -277,6 +339,96 @@ def test_a_linked_folder_shows_nothing_that_is_held_out(tmp_path):
     config = text("text", files=str(tmp_path / "*/*.txt"), held_out_files=str(tmp_path / "real" / "b.txt"))
     assert (read(config, "train"), read(config, "held_out")) == (["a", "c"], ["b"])
     assert sorted(read(text("text", files=str(tmp_path / "**/*.txt")))) == ["a", "b", "c"]
+
+
+CHATS = [
+    {"conversations": [{"from": who, "value": f"{i}"} for who in ("human", "gpt", "human", "gpt")]} for i in range(200)
+]
+
+
+def test_rows_of_chat_come_as_examples(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
+    config = text(
+        "jsonl", files=str(tmp_path / "a.jsonl"), rows="chat", system="Be brief.", train_on="last", held_out=0.2
+    )
+    found = {split: list(documents(config, split, Report())) for split in ("train", "held_out", "all")}
+    assert [Example.loads(document.text) for document in found["all"]] == [
+        only for row in CHATS for only in examples(row, "chat", system="Be brief.", train_on="last")
+    ]
+    assert [document.name for document in found["all"]][:2] == ["a.jsonl:1", "a.jsonl:2"]
+    assert sorted(found["train"] + found["held_out"], key=str) == sorted(found["all"], key=str)
+    assert 20 <= len(found["held_out"]) <= 60
+
+
+def test_both_answers_of_a_row_are_on_one_side(tmp_path):
+    pairs = [{"question": f"Q{i}", "chosen": "good", "rejected": "bad"} for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    config = text("jsonl", files=str(tmp_path / "a.jsonl"), rows="binary", held_out=0.3)
+    asked = {
+        split: [Example.loads(t).responses[0].conversation[0].content for t in read(config, split)]
+        for split in ("train", "held_out")
+    }
+    assert all(one == other for found in asked.values() for one, other in zip(found[::2], found[1::2], strict=True))
+    assert len(asked["train"]) + len(asked["held_out"]) == 100
+    assert not set(asked["train"]) & set(asked["held_out"])
+
+
+def test_a_bad_row_of_chat_is_an_error_or_a_counted_skip_in_both_splits(tmp_path):
+    bad = [{"question": "Q", "answer": ""}, {"text": "Q"}, {"question": "Q", "answer": " "}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*CHATS, *bad]))
+    config = {"files": str(tmp_path / "a.jsonl"), "rows": "chat"}
+    for split in ("train", "held_out"):
+        with pytest.raises(UserError, match=r"a\.jsonl line 201 .*: empty answer; .*, or set data\.on_bad_input=skip"):
+            read(text("jsonl", **config), split)
+        report = Report()
+        read(text("jsonl", on_bad_input="skip", **config), split, report)
+        assert report.counts == {"empty answer": 2, "no row of data.rows=chat": 1}
+
+
+def test_parquet_gives_conversations(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    call = {"function": {"name": "f", "arguments": "1"}}
+    table = [
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "kind": None},
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}], "kind": "k"},
+    ]
+    parquet.write_table(pa.Table.from_pylist(table), tmp_path / "a.parquet")
+    found = [Example.loads(t) for t in read(text("parquet", files=str(tmp_path / "a.parquet"), rows="chat"))]
+    assert found == [only for row in table for only in examples(row, "chat")]
+
+
+@pytest.mark.parametrize("source", ["python", "text"])
+def test_a_source_without_fields_has_no_rows_of_chat(tmp_path, source):
+    (tmp_path / "a.txt").write_text("Q")
+    files = str(tmp_path / "a.txt") if source == "text" else ()
+    with pytest.raises(
+        UserError, match=rf"data\.rows='chat' needs rows with fields, and data\.source='{source}' has none"
+    ):
+        read(text(source, files=files, rows="chat"))
+
+
+SHARED = [folder / "shared" / "data" for folder in (ROOT, ROOT.parent)]
+
+
+@pytest.mark.parametrize(
+    "name, kind, found, refused",
+    [
+        ("instruction-data.json.gz", "chat", 1100, {}),
+        ("instruction-data-with-preference.json.gz", "chat", 1100, {}),
+        ("instruction-data-with-preference.json.gz", "preference", 1094, {"answers that are the same": 6}),
+        ("instruction-data-with-preference.json.gz", "binary", 2188, {"answers that are the same": 6}),
+        ("gsm8k_train.jsonl.gz", "chat", 7473, {}),
+    ],
+)
+def test_published_rows(name, kind, found, refused):
+    path = next((folder / name for folder in SHARED if (folder / name).exists()), None)
+    if path is None:
+        pytest.skip(f"needs {name}")
+    report = Report()
+    texts = read(text("jsonl", files=str(path), rows=kind, on_bad_input="skip"), report=report)
+    assert (len(texts), report.counts) == (found, refused)
+    assert all(r.conversation[-1].content.strip() for t in texts[:50] for r in Example.loads(t).responses)
 
 
 def test_a_mixture_reads_its_parts_in_turn(tmp_path):

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers  
 
 from llmlab.core.errors import UserError  # noqa: E402
 from llmlab.data.tokenizer import PROBE, load_tokenizer  # noqa: E402
-from llmlab.data.tokenizer_imported import export_tokenizer, import_tokenizer  # noqa: E402
+from llmlab.data.tokenizer_imported import ImportedChat, export_tokenizer, import_tokenizer  # noqa: E402
 
 TEXT = ["the quick brown fox jumps over the lazy dog, 123 times; and then\n\tsays: ça va, 你好 \U0001f642"] * 20
 
@@ -112,6 +112,61 @@ def test_what_is_saved_in_a_workdir_is_the_same_tokenizer(gpt_like, tmp_path):
     out.mkdir()
     assert export_tokenizer(tokenizer, out)["eos_token_id"] == tokenizer.eos_id
     assert (out / "tokenizer.json").read_text() == (gpt_like / "tokenizer.json").read_text()
+
+
+CHAT = dict(eos_token="<|end|>", bos_token={"content": "<|im_start|>"}, chat_template="{{ bos_token }}")
+
+
+def test_how_a_model_talks_comes_with_its_tokenizer(tmp_path):
+    folder = folder_of(byte_level(), tmp_path, **CHAT)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    (folder / "config.json").write_text('{"eos_token_id": 0}')
+    chat = import_tokenizer(folder).chat
+    assert chat == ImportedChat("{{ bos_token }}", {"bos_token": "<|im_start|>", "eos_token": "<|end|>"}, (1, 7, 0))
+    (folder / "chat_template.jinja").write_text("a file of its own")
+    assert import_tokenizer(folder).chat.template == "a file of its own"
+
+
+def test_of_several_templates_the_default_is_taken(tmp_path):
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    assert import_tokenizer(folder_of(byte_level(), tmp_path, **CHAT | {"chat_template": named})).chat.template == "b"
+    assert import_tokenizer(folder_of(byte_level(), tmp_path, **CHAT | {"chat_template": named[:1]})).chat is None
+
+
+def test_tokens_may_be_named_in_a_file_of_their_own(tmp_path):
+    folder = folder_of(byte_level(), tmp_path, **CHAT)
+    (folder / "special_tokens_map.json").write_text(
+        '{"pad_token": "<|end|>", "eos_token": {"content": "<|im_start|>"}}'
+    )
+    assert import_tokenizer(folder).chat.tokens == {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_start|>",
+        "pad_token": "<|end|>",
+    }
+
+
+def test_how_a_model_talks_is_saved_and_written_back(tmp_path):
+    folder = folder_of(byte_level(), tmp_path, **CHAT)
+    tokenizer = import_tokenizer(folder)
+    tokenizer.save(tmp_path / "tokenizer.model")
+    for again in (load_tokenizer(tmp_path / "tokenizer.model"), pickle.loads(pickle.dumps(tokenizer))):
+        assert (again.chat, again.fingerprint) == (tokenizer.chat, tokenizer.fingerprint)
+    for name in ("out", "kept"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "kept" / "tokenizer_config.json").write_text(json.dumps({"here": "already", **CHAT}))
+    for name in ("out", "kept"):
+        export_tokenizer(tokenizer, tmp_path / name)
+        assert import_tokenizer(tmp_path / name).chat.template == tokenizer.chat.template
+    assert json.loads((tmp_path / "kept" / "tokenizer_config.json").read_text())["here"] == "already"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [0]}
+
+
+def test_a_tokenizer_saved_without_a_template_opens_as_it_was(gpt_like, tmp_path):
+    tokenizer = import_tokenizer(gpt_like)
+    tokenizer.save(tmp_path / "tokenizer.model")
+    fields = json.loads((tmp_path / "tokenizer.model").read_text())
+    assert list(fields) == ["format", "bos_id", "eos_id", "pad_id", "tokenizer"]
+    assert load_tokenizer(tmp_path / "tokenizer.model").chat is None
 
 
 def test_the_end_of_a_document_may_be_named_by_the_model(tmp_path):

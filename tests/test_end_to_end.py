@@ -1,6 +1,7 @@
 """The command line, from text to samples: one tiny run, and every verb that reads its workdir."""
 
 import argparse
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -153,6 +154,17 @@ def test_sample_with_the_same_seed_gives_the_same_text(workdir: Path, capsys: py
     assert first.startswith("def")
     assert sample(seed=1) == first
     assert sample(seed=2) != first
+
+
+def test_chat_answers_every_line_of_its_input(
+    workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f\n/undo\n"))
+    assert cli.run(["llmlab", "chat", f"--workdir={workdir}", "--notools", "--max_tokens=12"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\ntaken back: def f\n")
+    assert "plain text" in captured.err
+    assert "tokens/s" in captured.err
 
 
 def test_eval_finds_the_loss_that_training_ended_with(workdir: Path, capsys: pytest.CaptureFixture[str]):

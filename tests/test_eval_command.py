@@ -162,7 +162,8 @@ def test_mistakes_are_found_before_anything_is_computed(opened, tmp_path, monkey
         ({"max_tokens": 0}, "--max_tokens=0 should be at least 1"),
         ({"split": "heldout"}, "did you mean 'held_out'"),
         ({"extract": "numbers"}, "did you mean 'number'"),
-        ({"held_out": False}, "nothing to evaluate"),
+        ({"turn_tokens": 0}, "--turn_tokens=0 should be at least 1"),
+        ({"held_out": False, "conversations": False}, "nothing to evaluate"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

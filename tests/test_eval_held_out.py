@@ -116,5 +116,7 @@ def test_no_text_is_an_error_and_a_hopeless_loss_is_not(trained):
     with pytest.raises(UserError, match="no held-out text"):
         evaluate(params, [rows._replace(mask_BT=np.zeros_like(rows.mask_BT))])
 
-    hopeless = make_evaluator(lambda params, batch, key: (None, {"loss": Mean(jnp.float32(1e4), jnp.float32(1))}))
-    assert hopeless(params, [rows]) == {"loss": 1e4, "perplexity": float("inf")}
+    one = jnp.float32(1)
+    metrics = {"loss": Mean(jnp.float32(1e4), one), "bits_per_byte": Mean(one, one)}
+    hopeless = make_evaluator(lambda params, batch, key: (None, metrics))
+    assert hopeless(params, [rows]) == {"loss": 1e4, "perplexity": float("inf"), "bits_per_byte": 1.0}

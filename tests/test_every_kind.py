@@ -27,7 +27,7 @@ RUN = (*SETTINGS, "run.checkpoint_every=20", "run.sample_every=60", "run.log_eve
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_resumes_and_can_be_evaluated_and_sampled(kind, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
 

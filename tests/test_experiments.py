@@ -17,6 +17,7 @@ from llmlab.core.errors import UserError
 from llmlab.data.pipeline import TokenBatch
 from llmlab.model.cost import abstract_params, parameter_count
 from llmlab.model.transformer import make_model
+from llmlab.train.check import random_batch
 from llmlab.train.config import Experiment, resolve
 from llmlab.train.describe import describe, estimate
 from llmlab.train.optimizer import make_optimizer, make_schedule
@@ -25,7 +26,8 @@ from llmlab.train.step import make_step
 from llmlab.workdir.files import Workdir
 
 FOLDER = Path(__file__).parent.parent / "experiments"
-FILES = sorted(FOLDER.glob("*.py"))
+FILES = sorted(FOLDER.rglob("*.py"))
+NAMES = {path: path.relative_to(FOLDER).with_suffix("").as_posix() for path in FILES}
 VOCAB = 64
 
 # The released models' own counts, with their own vocabularies.
@@ -43,7 +45,7 @@ PUBLISHED = {
 
 @functools.cache
 def load(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"experiment_{name}", FOLDER / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"experiment_{name.replace('/', '_')}", FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -79,14 +81,15 @@ def estimated(name: str, size: str) -> dict[str, Any]:
 
 
 def test_the_experiments_are_all_here():
-    names = ["adapter", "experts", "gpt2", "llama", "longer", "mamba", "quickstart", "shakespeare_char"]
-    assert [path.stem for path in FILES] == names
+    stages = ["assistant/dpo", "assistant/pretrain", "assistant/reward", "assistant/sft"]
+    others = ["experts", "gpt2", "llama", "longer", "mamba", "quickstart", "shakespeare_char"]
+    assert list(NAMES.values()) == ["adapter", *stages, *others]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
 def test_a_file_is_short_and_says_its_exact_command(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert len(path.read_text().splitlines()) <= 100
-    command = re.search(r"^    llmlab train (?:.|\\\n)*", load(path.stem).__doc__ or "", re.MULTILINE)
+    command = re.search(r"^    llmlab train (?:.|\\\n)*", load(NAMES[path]).__doc__ or "", re.MULTILINE)
     assert command, "the docstring has no command, indented by four, that begins with `llmlab train`"
     flags = dict(re.findall(r"--([\w.]+)=(\S+)", command[0]))
     file, _, arg = flags.pop("config").partition(":")
@@ -96,7 +99,7 @@ def test_a_file_is_short_and_says_its_exact_command(path: Path, tmp_path: Path, 
         monkeypatch.chdir(tmp_path)
         Path(arg).mkdir(parents=True)
         Workdir(arg).write_config(to_json(resolved("llama", "tiny")), {})
-    config = load(path.stem).get_config(arg)
+    config = load(NAMES[path]).get_config(arg)
     for key, value in flags.items():
         # An override of a key that is not there is an error: this is what the command line does.
         config.update_from_flattened_dict({key.removeprefix("config."): _like(config, key, value)})
@@ -151,24 +154,27 @@ def test_llama_sizes_see_about_twenty_tokens_a_parameter(size: str):
     assert 10 < facts["tokens"] / facts["parameters"] < 40
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
 def test_an_unknown_argument_is_answered_with_the_nearest(path: Path):
-    if not documented_sizes(path.stem):
+    if not documented_sizes(NAMES[path]):
         return
     with pytest.raises(UserError, match="did you mean"):
-        load(path.stem).get_config(documented_sizes(path.stem)[0] + "x")
+        load(NAMES[path]).get_config(documented_sizes(NAMES[path])[0] + "x")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FILES, ids=NAMES.get)
 def test_the_tiny_variant_describes_itself(path: Path):
-    text = describe(resolved(path.stem, "tiny"), 1)
+    text = describe(resolved(NAMES[path], "tiny"), 1)
     assert re.search(r"^parameters +[\d,]+$", text, re.MULTILINE)
     assert "about 0.0" in text
 
 
 # The same model as another's, or half of it; the quickstart is what `test_end_to_end.py` runs.
-OTHERS_SHOW = [*((name, "tiny") for name in ("adapter", "gpt2", "longer", "quickstart")), ("mamba", "tiny_hybrid")]
-VARIANTS = [(path.stem, "tiny") for path in FILES if (path.stem, "tiny") not in OTHERS_SHOW]
+OTHERS_SHOW = [
+    *((name, "tiny") for name in ("adapter", "assistant/pretrain", "assistant/sft", "gpt2", "longer", "quickstart"))
+]
+OTHERS_SHOW += [("mamba", "tiny_hybrid")]
+VARIANTS = [(NAMES[path], "tiny") for path in FILES if (NAMES[path], "tiny") not in OTHERS_SHOW]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +188,11 @@ def test_the_tiny_variant_trains(name: str, variant: str):
     optimizer = make_optimizer(config, 1000, model.axes)
     fresh = functools.partial(init_state, model, optimizer, window=config.skip_window, ema=bool(config.ema))
     state = jax.jit(fresh)(jax.random.key(0))
-    batch = random_batch(data.batch_size, data.sequence_length)
-    logits_BTV = jax.eval_shape(model.logits, state.params, batch.tokens_BT)
-    assert logits_BTV.shape == (data.batch_size, data.sequence_length, VOCAB)
+    judged = data.rows not in ("text", "chat")
+    batch: Any = random_batch(experiment) if judged else random_tokens(data.batch_size, data.sequence_length)
+    if model.config.head == "tokens":
+        logits_BTV = jax.eval_shape(model.logits, state.params, batch.tokens_BT)
+        assert logits_BTV.shape == (data.batch_size, data.sequence_length, VOCAB)
 
     loss = experiment.objective.make(model, np.ones(VOCAB, np.int32))
     step = jax.jit(make_step(loss, optimizer, make_schedule(config, 1000), config, seed=0), donate_argnums=0)
@@ -193,13 +201,14 @@ def test_the_tiny_variant_trains(name: str, variant: str):
         state, metrics = step(state, batch)
         losses.append(metrics["loss"].value())
     # Random tokens hold nothing to know, so an untrained model is about as good as a guess, and then learns them.
-    assert np.log(VOCAB) - 0.1 < losses[0] < np.log(VOCAB) + 1.5
+    if not judged:
+        assert np.log(VOCAB) - 0.1 < losses[0] < np.log(VOCAB) + 1.5
     assert losses[0] > losses[1] > losses[2]
     assert int(state.step) == 3
     assert int(state.guard.skipped) == 0
 
 
-def random_batch(rows: int, length: int) -> TokenBatch:
+def random_tokens(rows: int, length: int) -> TokenBatch:
     tokens_BT = np.random.default_rng(0).integers(VOCAB, size=(rows, length + 1)).astype(np.int32)
     ones_BT = np.ones((rows, length), np.int32)
     positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))

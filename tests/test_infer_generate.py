@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from llmlab.core.errors import UserError
+from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.infer import generate as module
-from llmlab.infer.generate import bucket, continuations, generate, stream
+from llmlab.infer.generate import bucket, complete, continuations, generate, stream
 from llmlab.model.config import gpt2, llama, mamba2
 from llmlab.model.ssm import SsmConfig
 from llmlab.model.transformer import make_model, unembed
@@ -175,6 +176,40 @@ def test_the_stream_is_what_generate_gives(settings):
     want_BT = generate(model, params, prompt_BT, max_tokens=15, seed=5, **settings)
     streamed = list(stream(model, params, prompt_BT[0].tolist(), max_tokens=15, seed=5, **settings))
     assert streamed == want_BT[0, 7:].tolist()
+
+
+PROMPTS = [[1, 2], [3, 4, 5, 6, 7], [8]]
+
+
+def test_completions_are_what_generate_gives_whatever_the_padding():
+    model, params, _ = built("llama_gqa")
+    lengths_B = [len(prompt) for prompt in PROMPTS]
+    prompt_BT = [[*prompt, *[0] * (5 - len(prompt))] for prompt in PROMPTS]
+    settings = {"max_tokens": 9, "temperature": 1.0}
+    out_BT = generate(model, params, prompt_BT, prompt_lengths_B=lengths_B, seed=[3, 1, 2], **settings)
+    want = continuations(out_BT, lengths_B, 9)
+    settings |= {"seeds": [3, 1, 2]}
+    assert complete(model, params, PROMPTS, stop_ids=[], **settings) == want
+    assert complete(model, params, PROMPTS, stop_ids=[], rows=5, width=20, **settings) == want
+    stop = want[0][3]
+    ended = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in want]
+    assert complete(model, params, PROMPTS, stop_ids=[stop], **settings) == ended
+    assert len(ended[0]) <= 4
+
+
+def test_no_prompts_have_no_completions():
+    model, params, _ = built("llama_gqa")
+    assert complete(model, params, [], max_tokens=9, seeds=[], stop_ids=[]) == []
+
+
+@pytest.mark.slow
+def test_a_mesh_completes_the_same_though_its_devices_outnumber_the_prompts():
+    model, params, _ = built("llama_gqa")
+    partition = make_partition(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    meshed = make_model(CONFIGS["llama_gqa"], partition)
+    settings = {"max_tokens": 4, "temperature": 0.5, "seeds": [3, 1, 2], "stop_ids": []}
+    sharded = jax.device_put(params, partition.shardings(meshed.axes))
+    assert complete(meshed, sharded, PROMPTS, **settings) == complete(model, params, PROMPTS, **settings)
 
 
 def test_unstacked_parameters_give_the_same():

@@ -132,7 +132,14 @@ SETTINGS = {
     "torn config.json": (lambda folder: (folder / "config.json").write_text('{"model_type'), "torn"),
     "another model": (lambda folder: edit(folder, model_type="t5"), "model_type='t5' is not supported"),
     "near another": (lambda folder: edit(folder, model_type="lama"), "did you mean 'llama'"),
-    "another head": (lambda folder: edit(folder, architectures=["LlamaForSequenceClassification"]), "not supported"),
+    "another head": (lambda folder: edit(folder, architectures=["LlamaForQuestionAnswering"]), "not supported"),
+    "two labels": (lambda folder: edit(folder, architectures=["LlamaForSequenceClassification"]), "2 labels are not"),
+    "three labels": (
+        lambda folder: edit(
+            folder, architectures=["LlamaForSequenceClassification"], id2label={str(i): f"LABEL_{i}" for i in range(3)}
+        ),
+        "3 labels are not",
+    ),
     "a foreign key": (lambda folder: edit(folder, logit_scale=2.0), "logit_scale=2.0 is not known"),
     "quantised weights": (lambda folder: edit(folder, quantization_config={"quant_method": "mxfp4"}), "(mxfp4)"),
     "no width": (lambda folder: edit(folder, hidden_size="absent"), "has no hidden_size"),

@@ -244,3 +244,34 @@ def test_a_folder_that_is_no_workdir_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_else_is_evaluated_has_curves(tmp_path):
+    further = {"accuracy": 0.5, "margin": 0.1, "chosen_reward": 1.0, "rejected_reward": 0.5, "accuracy/made_up": 0.25}
+    rows = []
+    for step, gain in ((1, 0.0), (20, 0.1), (40, 0.25)):
+        rows.append(training_row(step, margin=gain))
+        rows.append(evaluation_row(step, 2.5) | {f"eval/{name}": value + gain for name, value in further.items()})
+    path = write_report(workdir(tmp_path / "run", rows))
+    said = Page(path).sections["curves"]
+    for expected in ("Margin", "Accuracy", "Reward", "chosen 1.25", "rejected 0.75", "all 0.75", "made up 0.5"):
+        assert expected in said
+    assert "held out 0.35" in said  # of the margin, beside what it is in training
+    assert "training 0.25" in said
+    assert "erplexity" not in said
+    assert polylines(path) == 7 + 2 + 2 + 2
+
+
+def test_calibration_is_that_of_the_last_evaluation(tmp_path):
+    sure, right = (0.55, 0.75, 0.95), (0.5, 0.8, 1.0)
+    rows = [training_row(1), evaluation_row(1, 2.0) | {"eval/calibration/confidence_50": 0.9}, training_row(40)]
+    last = evaluation_row(40, 1.0)
+    for low, confidence, accuracy in zip((50, 70, 90), sure, right, strict=True):
+        last |= {f"eval/calibration/confidence_{low}": confidence, f"eval/calibration/accuracy_{low}": accuracy}
+    last |= {"eval/calibration/confidence_60": None, "eval/calibration/accuracy_60": None}
+    path = write_report(workdir(tmp_path / "run", [*rows, last]))
+    said = Page(path).sections["curves"]
+    assert "Calibration" in said
+    for confidence, accuracy in zip(sure, right, strict=True):
+        assert f"held out: {accuracy:g} at {confidence:g}" in said
+    assert "Calibration" not in Page(write_report(workdir(tmp_path / "other", rows))).sections["curves"]

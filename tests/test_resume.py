@@ -23,7 +23,7 @@ STEPS = 600
 def train(tmp_path, monkeypatch):
     """Trains in this process, on eight devices; gives the exit code."""
     monkeypatch.setenv("LLMLAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
+    monkeypatch.setattr("atexit.register", lambda *_: None)
     config = f"--config={EXPERIMENT}:{write_texts(tmp_path / 'texts')}"
     settings = ("data.batch_size=16", "run.steps=12", "run.eval_every=4", "run.checkpoint_every=5")
     flags = [config, *(f"--config.{setting}" for setting in settings)]

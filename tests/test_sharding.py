@@ -167,7 +167,7 @@ def gathered_logprobs(hidden_BTD, w_DV, target_BT, *, temperature=1.0, softcap=N
 def test_check_catches_a_gather_over_a_sharded_vocabulary(monkeypatch):
     partition = make_partition(MESHES["2x2x2"])
     small = twin(small_experiment("2x2x2"), partition)
-    module = importlib.import_module("llmlab.objective.next_token")
+    module = importlib.import_module("llmlab.objective.base")
     right = module.token_logprobs
 
     def planted(hidden_BTD, w_DV, target_BT, **options):

@@ -44,7 +44,7 @@ def train(tmp_path_factory):
     before = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMLAB_CACHE", str(folder / "cache"))
-        patch.setattr("llmlab.verbs.atexit.register", lambda *_: None)
+        patch.setattr("atexit.register", lambda *_: None)
 
         def start(workdir, *more, init_from="", flags=(), config=built_in):
             given = [*flags, *(f"--config.{setting}" for setting in (*settings, *more)), f"--workdir={workdir}"]
@@ -193,10 +193,10 @@ def test_another_base_in_its_place_is_refused(train, base, lora, tmp_path, capsy
     content = json.loads((mine / "config.json").read_text())
     content["base"]["digest"] = "0123456789abcdef"
     (mine / "config.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"is not what this adapter was trained over \(its hash was 0123456789ab, now"):
+    with pytest.raises(UserError, match=r"is not what this run was trained over \(its hash was 0123456789ab, now"):
         llmlab.open(mine)
     assert train(mine, *LORA, init_from=base) == EXIT_USER_ERROR
-    assert "is not what this adapter was trained over" in capsys.readouterr().err
+    assert "is not what this run was trained over" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """`llmlab convert`: open weights become a workdir that samples and evaluates, and go back as they came."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,6 +11,7 @@ import llmlab
 from llmlab.cli import run
 from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import TokenizerConfig
+from llmlab.data.tokenizer_imported import import_tokenizer
 from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.model import hf
 from llmlab.model.transformer import make_model
@@ -52,6 +54,23 @@ def test_there_and_back(folder, tmp_path, capsys):
     ):
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_reward_model_goes_there_and_back(folder, tmp_path):
+    opened = hf.load(folder)[0]
+    model = make_model(dataclasses.replace(opened.config, head="score"))
+    params = random_params(model)
+    hf.save(model, params, tmp_path / "theirs", import_tokenizer(folder))
+    assert "a llama reward model" in convert(tmp_path / "theirs", tmp_path / "work")
+    mine = llmlab.open(tmp_path / "work")
+    assert mine.model.config.head == "score"
+    jax.tree.map(np.testing.assert_array_equal, mine.params, params)
+    assert "a llama reward model" in convert(tmp_path / "work", tmp_path / "back")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+    keys = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert keys["architectures"] == ["LlamaForSequenceClassification"]
+    assert keys["pad_token_id"] == mine.tokenizer.pad_id
 
 
 def test_a_converted_workdir_samples_and_evaluates(folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import CHAT_MARKERS, Tokenizer
+from llmlab.data.tokenizer_imported import ImportedTokenizer
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -43,6 +44,16 @@ class Message(NamedTuple):
     name: str = ""
     train: bool = True
     steps: tuple[Step, ...] = ()
+
+    def text(self) -> str:
+        """`content`, or that of its steps.
+
+        Raises:
+          UserError: a step is empty, so that no token of it could be judged.
+        """
+        if any(not step.text for step in self.steps):
+            raise UserError("a step of an answer is empty: leave it out")
+        return "".join(step.text for step in self.steps) if self.steps else self.content
 
 
 Conversation = tuple[Message, ...]
@@ -118,11 +129,16 @@ def template_for(tokenizer: Tokenizer) -> ChatTemplate:
     Raises:
       UserError: it has none: neither our chat markers nor a template of its own.
     """
+    if isinstance(tokenizer, ImportedTokenizer) and tokenizer.chat:
+        from llmlab.data.chat_imported import ImportedTemplate
+
+        return ImportedTemplate(tokenizer)
     if all(marker in tokenizer.control for marker in CHAT_MARKERS):
         return MarkerTemplate(tokenizer)
     raise UserError(
         "this tokenizer has no chat markers and brings no chat template: train one with "
-        "data.tokenizer.chat_markers=True, or convert a model whose tokenizer_config.json has a chat_template"
+        "data.tokenizer.chat_markers=True, or convert a model that has both tokenizer.json and a chat_template in "
+        "tokenizer_config.json or chat_template.jinja"
     )
 
 
@@ -170,9 +186,8 @@ class MarkerTemplate:
                 continue
             if inside == "<|think|>" and marker == "<|/think|>":
                 message = message._replace(thinking=message.thinking + text())
-            elif inside == "<|call|>" and marker == "<|/call|>" and text().strip():
-                name, _, arguments = text().strip().partition(" ")
-                message = message._replace(calls=(*message.calls, ToolCall(name, arguments)))
+            elif inside == "<|call|>" and marker == "<|/call|>" and (call := _call(text())):
+                message = message._replace(calls=(*message.calls, call))
             else:
                 message = message._replace(content=message.content + text())
             held, inside = [], marker
@@ -187,19 +202,27 @@ class MarkerTemplate:
             opening += [*self._encode(message.name), self._id["<|result|>"]]
         if message.thinking:
             body += [self._id["<|think|>"], *self._encode(message.thinking), self._id["<|/think|>"]]
-        ends = []
+        content, ends = message.text(), []
         for step in message.steps:
             body += self._encode(step.text)
             ends.append((len(body) - 1, step.label))
         if not message.steps:
-            body += self._encode(message.content)
+            body += self._encode(content)
         for call in message.calls:
-            text = f"{call.name} {call.arguments}".rstrip(" ")
+            text = f"{call.name} {call.arguments}" if call.arguments else call.name
+            if _call(text) != call:
+                raise UserError(f"the name of a tool, {call.name!r}, is empty or holds a blank: rename it")
             body += [self._id["<|call|>"], *self._encode(text), self._id["<|/call|>"]]
         return opening, [*body, self._id["<|end|>"]], ends
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+
+def _call(text: str) -> ToolCall | None:
+    """What `name arguments` calls; None if it is not well formed."""
+    name, _, arguments = text.partition(" ")
+    return ToolCall(name, arguments) if name.split() == [name] else None
 
 
 def _sparse(message: Message) -> dict[str, Any]:

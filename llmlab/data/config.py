@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llmlab.core.errors import UserError, nearest
 from llmlab.data.tokenizer import TokenizerConfig
 
-PartSource = Literal["python", "text", "jsonl", "parquet", "huggingface"]
+PartSource = Literal["python", "assistant", "text", "jsonl", "parquet", "huggingface"]
 Rows = Literal["text", "chat", "preference", "ranking", "binary", "steps"]
 
 
@@ -38,7 +38,9 @@ class MixturePart:
 class DataConfig:
     """Text, and how it becomes batches.
 
-    source: `python` is the sources and language reference of the running interpreter's standard library; `text`,
+    source: `python` is the sources and language reference of the running interpreter's standard library; `assistant`
+      the same without the functions that are held out from an assistant, or, as `rows` says, conversations about that
+      library and preferences between answers; `text`,
       `jsonl` and `parquet` read files (`.gz` and `.zst` too, where they are text); `huggingface` reads folders written
       by `save_to_disk`; `mixture` draws rows from several.
     files: a pattern or several, such as `books/*.txt` or `crawl/**/*.jsonl.zst`. In `text`, a file is a document; one
@@ -65,7 +67,7 @@ class DataConfig:
     cache_dir: where tokens and tokenizers are kept; empty for `$LLMLAB_CACHE`, or `~/.cache/llmlab`.
     """
 
-    source: Literal["python", "text", "jsonl", "parquet", "huggingface", "mixture"] = "python"
+    source: Literal["python", "assistant", "text", "jsonl", "parquet", "huggingface", "mixture"] = "python"
     files: tuple[str, ...] = ()
     field: str = "text"
     rows: Rows = "text"
@@ -96,6 +98,12 @@ class DataConfig:
                 f"data.held_out={self.held_out} is the share that every run is evaluated on: choose one above 0 and "
                 "below 1, such as 0.1"
             )
+        for source in (self.source, *(part.source for part in self.mixture)):
+            if self.rows != "text" and source in ("text", "python"):
+                raise UserError(
+                    f"data.rows={self.rows!r} needs rows with fields, and data.source={source!r} has none: set "
+                    "data.source to jsonl, parquet or huggingface, or data.rows=text"
+                )
         if self.packing == "chunk" and self.rows != "text":
             raise UserError(f"data.packing=chunk cuts texts anywhere, but data.rows={self.rows}: set it to best_fit")
         if self.mixture and self.source != "mixture":
@@ -134,7 +142,7 @@ def _check_choice(key: str, value: str, hint: Any) -> None:
 
 def _check_files(section: DataConfig | MixturePart, key: str) -> None:
     for name in ("files", "held_out_files"):
-        if getattr(section, name) and section.source in ("python", "mixture"):
+        if getattr(section, name) and section.source in ("python", "assistant", "mixture"):
             raise UserError(
                 f"{key}.{name}={getattr(section, name)!r} is not read when {key}.source={section.source!r}: "
                 f"set {key}.source to text, jsonl, parquet or huggingface"

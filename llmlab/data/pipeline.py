@@ -29,6 +29,7 @@ from llmlab.data.packing import (
     groups_shape,
     pack_index,
 )
+from llmlab.data.progress import shown
 from llmlab.data.store import TokenStore
 
 PADDING = -1
@@ -53,6 +54,7 @@ class GroupBatch(NamedTuple):
     `targets_BT` are the tokens that come next, `mask_BT` is 1 where the target is the model's to say. `marks_BT` is of
     the tokens themselves: see `llmlab.data.store`. `present_BPR` is 1 for the responses that are there; `value_BPR` is
     what the row says of each; `reference_BPR` their log-probability by a reference model, 0 where none is asked for.
+    `baseline_B` is what an objective's `before` fills in of the whole batch, the same for all rows.
     """
 
     tokens_BT: jax.Array
@@ -64,6 +66,7 @@ class GroupBatch(NamedTuple):
     present_BPR: jax.Array
     value_BPR: jax.Array
     reference_BPR: jax.Array
+    baseline_B: jax.Array | None = None
 
 
 Batch = TokenBatch | GroupBatch
@@ -74,8 +77,8 @@ class TextSource:
     """An endless source of training batches over stores, each with its weight, that are shuffled as `config` says.
 
     `rows` counts the rows of one epoch, all parts together. `sharding` places the [B, T] arrays; each host then reads
-    only the rows that its own devices hold. Without one they go to the default device. `references` are the
-    log-probabilities of every store's documents by a reference model.
+    only the rows that its own devices hold. Without one they go to the default device. `references`, which may be
+    set before the first batch, are the log-probabilities of every store's documents by a reference model.
     """
 
     def __init__(
@@ -85,9 +88,9 @@ class TextSource:
         *,
         seed: int,
         sharding: jax.sharding.Sharding | None = None,
-        references: References = None,
     ):
-        self._packed, self._references = _packed(config, parts), references
+        self._packed = _packed(config, parts)
+        self.references: References = None
         self._placement = _Placement(config, sharding)
         self.rows = int(self._packed.begins[-1])
         if self.rows < config.batch_size:
@@ -117,7 +120,7 @@ class TextSource:
         """The rows of the batch of `step` that this host's devices hold, in their order."""
         numbers = step * self._batch_size + self._placement.host_rows
         rows = np.array([self._order[number] for number in numbers.tolist()])
-        return self._packed.assemble(rows, self._references)
+        return self._packed.assemble(rows, self.references)
 
     def close(self) -> None:
         """Stops reading ahead, for good."""
@@ -159,18 +162,21 @@ def by_document(
     of_batch: Callable[[GroupBatch], np.ndarray],
     *,
     sharding: jax.sharding.Sharding | None = None,
+    progress: str = "",
 ) -> np.ndarray:
     """float32 [documents]: a number for each document of a store of groups, which `of_batch` gives as [B, P, R].
 
-    NaN for the documents that are in no row.
+    NaN for the documents that are in no row. `progress`, if any, is what a person sees that it is about.
     """
     packed, placement = _packed(config, [(store, 1.0)]), _Placement(config, sharding)
     found = np.full(len(store), np.nan, np.float32)
-    for rows in _in_batches(np.arange(packed.begins[-1]), config.batch_size):
-        batch = placement.place(packed.assemble(rows[placement.host_rows]))
-        assert isinstance(batch, GroupBatch)
-        at = group_places(store, packed.indices[0], rows[rows != PADDING])
-        found[at.document] = of_batch(batch)[at.row, at.p, at.r]
+    with shown(progress, int(packed.begins[-1]), bool(progress), in_bytes=False) as advance:
+        for number, rows in enumerate(_in_batches(np.arange(packed.begins[-1]), config.batch_size)):
+            batch = placement.place(packed.assemble(rows[placement.host_rows]))
+            assert isinstance(batch, GroupBatch)
+            at = group_places(store, packed.indices[0], rows[rows != PADDING])
+            found[at.document] = of_batch(batch)[at.row, at.p, at.r]
+            advance(min((number + 1) * config.batch_size, int(packed.begins[-1])))
     return found
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from llmlab.core.config import to_json
 from llmlab.core.errors import UserError
 from llmlab.core.paths import cache_root, clear_when_full, locked
-from llmlab.data import readers, sources_python, store
-from llmlab.data.chat import template_for
+from llmlab.data import readers, sources_assistant, sources_python, store
+from llmlab.data.chat import Example, template_for
 from llmlab.data.config import DataConfig
 from llmlab.data.progress import shown
-from llmlab.data.sources import Report, Split, documents, names_of, source_paths
+from llmlab.data.sources import Report, documents, names_of, source_paths
+from llmlab.data.split import Split
 from llmlab.data.store import StoreWriter, TokenStore, TornError
 from llmlab.data.tokenise import WorkerDiedError, encode_all
 from llmlab.data.tokenizer import Tokenizer, load_tokenizer
@@ -69,7 +70,8 @@ def tokenizer_for(config: DataConfig, *, progress: bool = True) -> Tokenizer:
     if config.tokenizer.file:
         return load_tokenizer(config.tokenizer.file)
     split_rule = [config.held_out, *([part.held_out_files for part, _ in config.parts()])]
-    key = _digest("tokenizer", data_fingerprint(config), split_rule, to_json(config.tokenizer))
+    facts = [data_fingerprint(config), split_rule, to_json(config.tokenizer)]
+    key = _digest("tokenizer", *facts, *([config.rows, config.system] if config.rows != "text" else []))
     path = _cache(config, "tokenizers") / f"{key}.model"
     found = _loaded(path)
     if found is None:
@@ -157,11 +159,18 @@ def _loaded(path: Path) -> Tokenizer | None:
 
 def _trained(path: Path, config: DataConfig, progress: bool) -> Tokenizer:
     report = Report()
-    texts = (document.text for document in documents(config, "train", report))
+    items = (document.text for document in documents(config, "train", report))
+    texts = items if config.rows == "text" else itertools.chain.from_iterable(map(_said, items))
     with shown("reading text for the tokenizer", _size_hint(config, "train"), progress) as advance:
         tokenizer = train_tokenizer(config.tokenizer, texts, seed=TOKENIZER_SEED, progress=advance)
     tokenizer.save(path)
     return tokenizer
+
+
+def _said(item: str) -> Iterator[str]:
+    """The texts of an example, each once."""
+    turns = (message for response in Example.loads(item).responses for message in response.conversation)
+    yield from dict.fromkeys(text for turn in turns for text in (turn.content, turn.thinking) if text)
 
 
 def _cache(config: DataConfig, kind: str) -> Path:
@@ -189,6 +198,8 @@ def _store_fingerprint(config: DataConfig, tokenizer: Tokenizer, split: Split) -
 def _source_identity(config: DataConfig) -> list[Any]:
     if config.source == "python":
         return ["python", _python_digest()]
+    if config.source == "assistant":
+        return ["assistant", config.rows, _python_digest(), sources_assistant.fingerprint()]
     paths = source_paths(config)
     names = names_of(paths)
     files = [(names[path], file) for path in paths for file in _files_below(path)]
@@ -219,7 +230,7 @@ def _size_hint(config: DataConfig, split: Split) -> int | None:
     """About how many bytes of text `split` has; unknown for what is compressed."""
     total = 0
     for part, _ in config.parts():
-        if part.source == "python":
+        if part.source in ("python", "assistant"):
             total += sum(len(sources_python.read_bytes(name)) for name in sources_python.names())
         elif part.source in ("text", "jsonl") and not any(p.suffix in (".gz", ".zst") for p in source_paths(part)):
             total += sum(path.stat().st_size for path in source_paths(part))

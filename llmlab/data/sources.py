@@ -1,24 +1,21 @@
 """The documents of a source, in an order that never changes, split into training and held-out text."""
 
 import glob
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
 
 from llmlab.core.errors import UserError
-from llmlab.data import readers, sources_python
+from llmlab.data import readers, sources_assistant, sources_python
 from llmlab.data.config import DataConfig
-from llmlab.data.readers import BadInput, Numbered
-
-Split = Literal["train", "held_out", "all"]
-Item = TypeVar("Item", str, Path)
+from llmlab.data.readers import BadInput, Row
+from llmlab.data.rows import BadRowError, examples
+from llmlab.data.split import Split, by_name, place, takes
 
 EMPTY_TEXT = "empty text"
-ROW_READERS: dict[str, Callable[[Path, str], Iterator[Numbered]]] = {
-    "jsonl": readers.jsonl_rows,
+ROW_READERS: dict[str, Callable[[Path, str | None], Iterator[Row | BadInput]]] = {
+    "jsonl": lambda path, _: readers.jsonl_rows(path),
     "parquet": readers.parquet_rows,
     "huggingface": readers.huggingface_rows,
 }
@@ -26,7 +23,10 @@ ROW_READERS: dict[str, Callable[[Path, str], Iterator[Numbered]]] = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text. Its name says which file and row it came from, below the folder that all files share."""
+    """One text, or an `Example` as it dumps, where `data.rows` is not text.
+
+    Its name says which file and row it came from, below the folder that all files share.
+    """
 
     name: str
     text: str
@@ -72,7 +72,7 @@ def documents(config: DataConfig, split: Split, report: Report) -> Iterator[Docu
 
 def source_paths(config: DataConfig) -> list[Path]:
     """Every file or folder that a config without a mixture reads, for training or held out."""
-    if config.source == "python":
+    if config.source in ("python", "assistant"):
         return []
     return [Path(path) for path in sorted({*_training_files(config), *_expand(config, "held_out_files")})]
 
@@ -93,6 +93,9 @@ def _numbered(config: DataConfig, split: Split) -> Iterator[tuple[str, str | Bad
     if config.source == "python":
         yield from _python(config, split)
         return
+    if config.source == "assistant":
+        yield from sources_assistant.assistant_rows(config.rows, split)
+        return
     training, held_out = _training_files(config), [Path(p) for p in _expand(config, "held_out_files")]
     names = names_of(sorted({*training, *held_out}))
     chosen = {"train": training, "held_out": held_out, "all": [*training, *held_out]}[split]
@@ -103,22 +106,41 @@ def _numbered(config: DataConfig, split: Split) -> Iterator[tuple[str, str | Bad
         elif len(training) == 1:
             spans = [_by_position(training[0], config.held_out, split)]
         else:
-            spans = [(path, 0, None) for path in _by_name(training, names, config.held_out, split)]
+            spans = [(path, 0, None) for path in by_name(training, names, config.held_out, split)]
         for path, start, stop in spans:
             for number, text in readers.text_rows(path, start, stop):
                 yield f"{names[path]}:{number}" if number else names[path], text
         return
+    field = config.field if config.rows == "text" else None
     for path in chosen if held_out else training:
-        for number, text in ROW_READERS[config.source](path, config.field):
-            name = f"{names[path]}:{number}"
+        for row in ROW_READERS[config.source](path, field):
+            if isinstance(row, BadInput):
+                yield names[path], row
+                continue
+            name, texts = f"{names[path]}:{row.number}", _texts(row, config)
             # A bad row has no side: both splits meet it, so that neither hides it.
-            if isinstance(text, BadInput) or held_out or _takes(split, _place(name) < config.held_out):
-                yield name, text
+            if isinstance(texts, BadInput):
+                yield name, texts
+            elif held_out or takes(split, place(name) < config.held_out):
+                for text in texts:
+                    yield name, text
+
+
+def _texts(row: Row, config: DataConfig) -> Iterable[str] | BadInput:
+    """What a row holds; both examples of one that holds two."""
+    if config.rows == "text":
+        text = readers.text_of(row, config.field)
+        return text if isinstance(text, BadInput) else (text,)
+    try:
+        found = examples(row.fields, config.rows, system=config.system, train_on=config.train_on)
+    except BadRowError as error:
+        return error.at(row.where)
+    return (example.dumps() for example in found)
 
 
 def _python(config: DataConfig, split: Split) -> Iterator[tuple[str, str | BadInput]]:
     names = list(sources_python.names())
-    for name in _by_name(names, {name: name for name in names}, config.held_out, split):
+    for name in by_name(names, {name: name for name in names}, config.held_out, split):
         try:
             yield name, sources_python.read_bytes(name).decode()
         except UnicodeDecodeError:
@@ -132,23 +154,6 @@ def _by_position(path: Path, held_out: float, split: Split) -> tuple[Path, int, 
         return path, 0, None
     cut = int(length * (1 - held_out))
     return (path, 0, cut) if split == "train" else (path, cut, None)
-
-
-def _by_name(items: list[Item], names: dict[Item, str], held_out: float, split: Split) -> list[Item]:
-    """The items of `split`. With few of them the hash may choose none to hold out: then the nearest to it is."""
-    chosen = {item for item in items if _place(names[item]) < held_out}
-    if not chosen and len(items) > 1:
-        chosen = {min(items, key=lambda item: _place(names[item]))}
-    return [item for item in items if _takes(split, item in chosen)]
-
-
-def _takes(split: Split, held_out: bool) -> bool:
-    return split == "all" or held_out == (split == "held_out")
-
-
-def _place(name: str) -> float:
-    """A number in [0, 1) that only depends on `name`."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) / 2**64
 
 
 def _training_files(config: DataConfig) -> list[Path]:

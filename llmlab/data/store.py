@@ -5,8 +5,9 @@ A store is a folder: `tokens.bin` (uint16 or uint32, little-endian, every docume
 and `manifest.json`, written last. Only a folder with a manifest that its files agree with is a store.
 
 Where documents are responses to a prompt there are three files more. `marks.bin` has a byte for each token: 0, or 1
-where the model is to say it, or from `STEP` to 255 where a step of the answer ends, from wrong to right. `values.bin`
-has a float32 for each document, what its row says of it, and `groups.bin` an int64, the example that it belongs to.
+where the model is to say it, or from `STEP` to `LAST_MARK` where a step of the answer ends, from wrong to right.
+`values.bin` has a float32 for each document, what its row says of it, and `groups.bin` an int64, the example that it
+belongs to.
 
 Sizes are checked at every open. Hashes are checked too, but for files above `HASH_ALWAYS_BYTES` only if the file
 changed since they were last found right.
@@ -34,7 +35,7 @@ DOCUMENTS = "documents.bin"
 MARKS, VALUES, GROUPS = "marks.bin", "values.bin", "groups.bin"
 OF_TEXTS, OF_RESPONSES = (TOKENS, DOCUMENTS), (TOKENS, DOCUMENTS, MARKS, VALUES, GROUPS)
 DTYPES = {DOCUMENTS: "<i8", MARKS: "u1", VALUES: "<f4", GROUPS: "<i8"}
-STEP = 2
+STEP, LAST_MARK = 2, 255
 TOKENIZER = "tokenizer.model"
 
 

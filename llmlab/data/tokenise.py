@@ -24,7 +24,7 @@ import numpy as np
 from llmlab.core.errors import UserError
 from llmlab.data.chat import Example
 from llmlab.data.config import Rows
-from llmlab.data.store import STEP, Encoded
+from llmlab.data.store import LAST_MARK, STEP, Encoded
 
 if TYPE_CHECKING:
     from llmlab.data.chat import ChatTemplate
@@ -93,7 +93,7 @@ def encode_examples(template: "ChatTemplate", closing_id: int, items: list[str])
             rendered = template.render(conversation)
             mark = [*rendered.mask, 0]
             for place, label in rendered.steps:
-                mark[place] = STEP + round(label * (255 - STEP))
+                mark[place] = STEP + round(label * (LAST_MARK - STEP))
             ids.append([*rendered.ids, closing_id])
             marks += mark
             sizes.append(sum(len(message.content.encode()) for message in conversation))

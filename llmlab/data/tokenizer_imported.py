@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,10 +18,21 @@ from llmlab.data.tokenizer import PROBE, SentencePieceTokenizer, Tokenizer, refu
 
 FORMAT = "llmlab imported tokenizer"
 _SPACE_MARK = "\u2581"
+_TEMPLATE_FILE = "chat_template.jinja"
+
+
+class ImportedChat(NamedTuple):
+    """How a published model talks: its chat template, the tokens that this names, and the ids its answers end with."""
+
+    template: str
+    tokens: dict[str, str]
+    stop_ids: tuple[int, ...]
 
 
 class ImportedTokenizer:
     """A `tokenizer.json` behind the `Tokenizer` interface; `content` is the file's, the ids are the model's.
+
+    `chat` is what came with it, if anything did, for `llmlab.data.chat_imported`.
 
     Raises:
       UserError: the library is missing, the file is torn, or it is of a kind whose tokens stand for no bytes.
@@ -29,7 +40,7 @@ class ImportedTokenizer:
 
     kind = "imported"
 
-    def __init__(self, content: str, bos_id: int, eos_id: int, pad_id: int):
+    def __init__(self, content: str, bos_id: int, eos_id: int, pad_id: int, chat: ImportedChat | None = None):
         try:
             import tokenizers
         except ImportError:
@@ -42,7 +53,7 @@ class ImportedTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._content = content
+        self.content, self.chat = content, chat
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         special = {entry["id"]: entry["content"] for entry in description["added_tokens"] if entry["special"]}
         plain = {entry["id"]: entry["content"] for entry in description["added_tokens"] if not entry["special"]}
@@ -69,7 +80,7 @@ class ImportedTokenizer:
         self.lossless = self.decode_bytes(self.encode(probe)) == probe.encode()
 
     def __reduce__(self) -> Any:
-        return ImportedTokenizer, (self._content, self.bos_id, self.eos_id, self.pad_id)
+        return ImportedTokenizer, (self.content, self.bos_id, self.eos_id, self.pad_id, self.chat)
 
     def encode(self, text: str) -> list[int]:
         refuse_surrogates(text)
@@ -96,17 +107,29 @@ class ImportedTokenizer:
         write_atomic(path, self._saved())
 
     def write_into(self, folder: Path) -> None:
-        """Writes tokenizer.json as it came."""
-        write_atomic(folder / "tokenizer.json", self._content.encode())
+        """Writes tokenizer.json as it came, and how the model talks into those files that are not there yet."""
+        write_atomic(folder / "tokenizer.json", self.content.encode())
+        if self.chat is None:
+            return
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.chat.template, **self.chat.tokens}
+        ends = {"eos_token_id": list(dict.fromkeys((self.eos_id, *self.chat.stop_ids)))}
+        for name, content in (("tokenizer_config.json", names), ("generation_config.json", ends)):
+            if not (folder / name).exists():
+                write_atomic(folder / name, json.dumps(content, indent=2).encode() + b"\n")
 
     def _saved(self) -> bytes:
-        ids = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
-        return json.dumps({"format": FORMAT, **ids, "tokenizer": self._content}).encode()
+        fields: dict[str, Any] = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
+        if self.chat:
+            fields["chat"] = self.chat._asdict()
+        return json.dumps({"format": FORMAT, **fields, "tokenizer": self.content}).encode()
 
 
 def imported_from_json(fields: dict[str, Any]) -> ImportedTokenizer:
     """The tokenizer that `save` wrote."""
-    return ImportedTokenizer(fields["tokenizer"], fields["bos_id"], fields["eos_id"], fields["pad_id"])
+    chat = fields.get("chat")
+    if chat:
+        chat = ImportedChat(chat["template"], chat["tokens"], tuple(chat["stop_ids"]))
+    return ImportedTokenizer(fields["tokenizer"], fields["bos_id"], fields["eos_id"], fields["pad_id"], chat)
 
 
 def import_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -119,14 +142,17 @@ def import_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     if (folder / "tokenizer.json").exists():
         content = (folder / "tokenizer.json").read_text()
         ids = _document_ids(folder, content)
-        return ImportedTokenizer(content, *ids)
+        return ImportedTokenizer(content, *ids, _chat(folder))
     if (folder / "tokenizer.model").exists():
         return SentencePieceTokenizer((folder / "tokenizer.model").read_bytes())
     raise UserError(f"{folder} has neither tokenizer.json nor tokenizer.model: put one of them there")
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Writes the tokenizer's files into a folder in the Hugging Face layout; the ids that config.json then has."""
+    """Writes the tokenizer's files into a folder in the Hugging Face layout; the ids that config.json then has.
+
+    Files of the model that it came with, where they are there already, stay.
+    """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if isinstance(tokenizer, ImportedTokenizer):
         tokenizer.write_into(folder)
@@ -158,6 +184,29 @@ def _document_ids(folder: Path, content: str) -> tuple[int, int, int]:
     first = bos if bos is not None else eos
     last = eos if eos is not None else bos
     return int(first), int(last), int(pad if pad is not None and pad != last else 0)  # type: ignore[arg-type]
+
+
+def _chat(folder: Path) -> ImportedChat | None:
+    """The template of a file of its own goes before that of tokenizer_config.json; of several, the default one."""
+    names = _json(folder / "tokenizer_config.json")
+    template = names.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if (folder / _TEMPLATE_FILE).exists():
+        template = (folder / _TEMPLATE_FILE).read_text()
+    if not isinstance(template, str):
+        return None
+    if "added_tokens_decoder" not in names:
+        names |= _json(folder / "special_tokens_map.json")
+    tokens = {
+        f"{role}_token": name["content"] if isinstance(name, dict) else name
+        for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        if isinstance(name := names.get(f"{role}_token"), str | dict)
+    }
+    ends = [_json(folder / file).get("eos_token_id") for file in ("generation_config.json", "config.json")]
+    stop_ids = [id for given in ends for id in (given if isinstance(given, list) else [given]) if isinstance(id, int)]
+    return ImportedChat(template, tokens, tuple(dict.fromkeys(stop_ids)))
 
 
 def _json(path: Path) -> dict[str, Any]:

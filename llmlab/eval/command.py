@@ -1,6 +1,10 @@
-"""What `llmlab eval` does: held-out loss and bits per byte of a workdir, `xz -9` beside them, and scores of tasks."""
+"""What `llmlab eval` does: held-out loss and bits per byte of a workdir, `xz -9` beside them, and scores of tasks.
+
+Of a model of conversations also what it answers to held-out ones.
+"""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -11,24 +15,32 @@ from typing import Any, Literal, TextIO
 from llmlab.core.config import from_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.paths import clear_when_full, write_atomic
+from llmlab.data.chat import Example, template_for
 from llmlab.data.config import DataConfig
 from llmlab.data.pipeline import TokenBatch, evaluation_batches, evaluation_rows
 from llmlab.data.prepare import prepare_parts
 from llmlab.data.progress import shown
-from llmlab.data.sources import Report, Split, documents
+from llmlab.data.sources import Report, documents
+from llmlab.data.split import Split
+from llmlab.eval import conversations
 from llmlab.eval.baselines import xz_bits_per_byte
 from llmlab.eval.held_out import Evaluate, make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
 from llmlab.eval.needle import NeedleConfig, needle, text_table
+from llmlab.eval.preferences import pairs_table, references_of, told_apart
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
 from llmlab.eval.tasks import Task, contexts, read_task
+from llmlab.infer.chat import NO_TOOLS, Tools
+from llmlab.model.score import check_predicts_tokens
 from llmlab.objective import OBJECTIVES
 from llmlab.workdir.metrics import strict
 from llmlab.workdir.open import Opened
 
 XZ_BYTES = 16 * 2**20
 LONGEST_UNASKED = 8192
+CONVERSATIONS_UNASKED = 500
 BASELINE = "xz_bits_per_byte"
+NOTHING = "there is nothing to evaluate: give --tasks or --needle, or leave --held_out on"
 SPLITS: tuple[Split, ...] = ("held_out", "train", "all")
 
 
@@ -39,8 +51,10 @@ class EvalConfig:
     held_out: measure loss and bits per byte, on the held-out text of the run unless told otherwise:
     source, files, field: other text instead, as in the `data` section; files alone are of the run's source, or text.
     split: which part of the text; empty for held_out, or, where `source` and `files` name other text, for all of it.
+    conversations: where the run is of conversations, measure what the model answers to those that it has not seen, in
+    turns of at most turn_tokens.
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
-    else from the task's other rows. limit: the first so many rows of each task; 0 is all.
+    else from the task's other rows. limit: the first so many rows of each task, or conversations; 0 is all, or 500.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
     needle: whether to hide sentences in the text and ask for them, see `llmlab.eval.needle`. needle_lengths: tokens of
     the prompts; empty: four lengths, up to what the positions reach or 8,192. needle_depths, needle_samples: so many.
@@ -52,6 +66,8 @@ class EvalConfig:
     files: tuple[str, ...] = ()
     field: str = ""
     split: str = ""
+    conversations: bool = True
+    turn_tokens: int = 256
     tasks: tuple[str, ...] = ()
     few_shot: int = 0
     few_shot_file: str = ""
@@ -67,15 +83,16 @@ class EvalConfig:
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("few_shot", 0), ("limit", 0), ("max_tokens", 1), ("batch_size", 0), ("temperature", 0)):
+        least_of = {"few_shot": 0, "limit": 0, "turn_tokens": 1, "max_tokens": 1, "batch_size": 0, "temperature": 0}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)} should be at least {least}")
         if self.split and self.split not in SPLITS:
             raise UserError(f"--split={self.split!r} is not a choice: {nearest(self.split, SPLITS)}")
         if self.extract not in ("line", "number"):
             raise UserError(f"--extract={self.extract!r} is not a choice: {nearest(self.extract, ('line', 'number'))}")
-        if not (self.held_out or self.tasks or self.needle):
-            raise UserError("there is nothing to evaluate: give --tasks or --needle, or leave --held_out on")
+        if not (self.held_out or self.conversations or self.tasks or self.needle):
+            raise UserError(NOTHING)
 
 
 def eval_command(
@@ -83,25 +100,42 @@ def eval_command(
     workdir: str | os.PathLike[str],
     config: EvalConfig,
     *,
+    tools: Tools = NO_TOOLS,
     out: TextIO | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluates `opened`, prints the figures to `out`, and returns what it adds to `eval.json` in the workdir.
 
-    Rows of tasks with what the model made of them go to `eval/TASK.jsonl`.
+    Rows of tasks with what the model made of them go to `eval/TASK.jsonl`, conversations to `eval/conversations.jsonl`.
+    `tools` run where the model calls them.
 
     Raises:
-      UserError: text or a task that cannot be read. All tasks are read before anything is computed.
+      UserError: text or a task that cannot be read, or one for a reward model. All tasks are read before anything is
+        computed.
       DiskFull: no room for the results.
     """
+    if config.tasks or config.needle:
+        check_predicts_tokens(opened.model.config)
     out, folder = out or sys.stdout, Path(workdir).expanduser()
     tasks = [(task, contexts_) for task, contexts_ in _tasks(config)]
     result: dict[str, Any] = {"step": opened.step}
-    if config.held_out:
-        result["held_out"] = held_out(opened, config, quiet=quiet)
-        if text_of(opened.config, config) == text_of(opened.config, EvalConfig(batch_size=config.batch_size)):
+    if not (config.held_out or tasks or config.needle or talks(opened)):
+        raise UserError(NOTHING)
+    if config.held_out and rows_of(opened) == "preference":
+        result["pairs"] = told_apart(opened, folder, *text_of(opened.config, config), quiet=quiet)
+        print(pairs_table(result["pairs"]), file=out, flush=True)
+    elif config.held_out:
+        result["held_out"] = held_out(opened, folder, config, quiet=quiet)
+        if BASELINE in result["held_out"] and text_of(opened.config, config) == text_of(
+            opened.config, EvalConfig(batch_size=config.batch_size)
+        ):
             result[BASELINE] = result["held_out"][BASELINE]
         print(_held_out_lines(result["held_out"]), file=out, flush=True)
+    if config.conversations and talks(opened):
+        outcomes = answers(opened, config, tools, quiet=quiet)
+        result["conversations"] = conversations.summary(outcomes)
+        _write_outcomes(folder / "eval" / "conversations.jsonl", outcomes)
+        print(conversations.table(result["conversations"]), file=out, flush=True)
     if tasks:
         result["tasks"] = []
         score = _scorer(opened, config, quiet)
@@ -135,8 +169,13 @@ def keep_results(workdir: str | os.PathLike[str], results: dict[str, Any]) -> No
     write_atomic(path, json.dumps(strict(known | results), indent=2, allow_nan=False).encode() + b"\n")
 
 
-def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of the text that `config` names, what it is, and what `xz -9` makes of it."""
+def held_out(
+    opened: Opened, workdir: str | os.PathLike[str], config: EvalConfig, *, quiet: bool = False
+) -> dict[str, Any]:
+    """The loss, and what else the run's objective measures, of the rows that `config` names, and what these are.
+
+    Of text: perplexity and bits per byte, and what `xz -9` makes of it.
+    """
     partition = opened.model.partition
     data, split = text_of(opened.config, config)
     if partition is not None:
@@ -154,7 +193,9 @@ def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict
                 yield batch
                 advance(min(rows, (number + 1) * data.batch_size))
 
-        scores = evaluate(opened.params, passed(evaluation_batches(data, parts, sharding=sharding)))
+        references = references_of(opened, workdir, data, split, parts)
+        batches = evaluation_batches(data, parts, sharding=sharding, references=references)
+        scores = evaluate(opened.params, passed(batches))
     return {
         "source": data.source,
         "files": list(data.files),
@@ -162,8 +203,38 @@ def held_out(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> dict
         "documents": sum(len(store) for store in stores),
         "bytes": sum(int(store.text_bytes.sum()) for store in stores),
         **scores,
-        **xz_of(data, split, quiet),
+        **(xz_of(data, split, quiet) if data.rows == "text" else {}),
     }
+
+
+def rows_of(opened: Opened) -> str:
+    """What the rows were that the run was trained on."""
+    return opened.config["data"].get("rows", "text")
+
+
+def talks(opened: Opened) -> bool:
+    """Whether the run was on conversations, and its model writes."""
+    return rows_of(opened) != "text" and opened.model.config.head == "tokens"
+
+
+def answers(opened: Opened, config: EvalConfig, tools: Tools, *, quiet: bool = False) -> list[conversations.Outcome]:
+    """What `measure` says of the answers to the conversations that `config` names."""
+    data, split = text_of(opened.config, config)
+    found = itertools.islice(documents(data, split, Report()), config.limit or CONVERSATIONS_UNASKED)
+    examples = [Example.loads(document.text) for document in found]
+    with shown("answering", len(examples), not quiet, in_bytes=False) as advance:
+        return conversations.measure(
+            opened.model,
+            opened.params,
+            template_for(opened.tokenizer),
+            examples,
+            tools=tools,
+            max_tokens=min(config.turn_tokens, max(1, opened.model.config.max_positions // 2)),
+            batch_size=config.batch_size or Generation().batch_size,
+            seed=config.seed,
+            temperature=config.temperature,
+            progress=advance,
+        )
 
 
 def evaluator_of(opened: Opened) -> Evaluate:
@@ -230,6 +301,11 @@ def xz_of(data: DataConfig, split: Split, quiet: bool) -> dict[str, Any]:
 
 def _held_out_lines(scores: dict[str, Any]) -> str:
     files = f" {', '.join(scores['files'])}" if scores["files"] else ""
+    if BASELINE not in scores:
+        known = ("source", "files", "split", "documents", "bytes")
+        measured = [f"  {name:24s} {value:.4f}" for name, value in scores.items() if name not in known]
+        head = f"{scores['split']} rows of {scores['source']}{files}: {scores['documents']:,} conversations"
+        return "\n".join([head, *measured])
     part = "" if scores["xz_bytes"] == scores["bytes"] else f" (on the first {scores['xz_bytes']:,} bytes)"
     return "\n".join(
         [

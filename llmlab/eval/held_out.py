@@ -10,13 +10,15 @@ from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition
 from llmlab.data.pipeline import TokenBatch
 from llmlab.model.types import Params
-from llmlab.objective.next_token import Loss
+from llmlab.objective import Loss
 
 Evaluate = Callable[[Params, Iterable[TokenBatch]], dict[str, float]]
 
 
 def make_evaluator(loss: Loss, partition: Partition | None = None) -> Evaluate:
-    """evaluate(params, batches) -> {"loss": nats a target, "perplexity": exp of it, …every other metric of `loss`}.
+    """evaluate(params, batches) -> {"loss": …, …every other metric of `loss` that something was seen of}.
+
+    Where targets are tokens the loss is in nats each, and "perplexity" is its exponential.
 
     Sums and weights leave the device batch by batch and are added in float64, so masked rows change nothing. Keep what
     this returns: it compiles once for each shape of batch.
@@ -38,8 +40,9 @@ def make_evaluator(loss: Loss, partition: Partition | None = None) -> Evaluate:
         _add(totals, pending)
         if not totals or not totals["loss"].weight:
             raise UserError("there is no held-out text: raise data.held_out, or name files in data.held_out_files")
-        means = {name: mean.value() for name, mean in totals.items()}
-        return {"loss": means["loss"], "perplexity": _exp(means["loss"]), **means}
+        means = {name: mean.value() for name, mean in totals.items() if mean.weight}
+        tokens = {"perplexity": _exp(means["loss"])} if "bits_per_byte" in totals else {}
+        return {"loss": means["loss"], **tokens, **means}
 
     return evaluate
 

@@ -13,6 +13,7 @@ from llmlab.eval.command import EvalConfig, evaluator_of, text_of
 from llmlab.model import weights
 from llmlab.model.cost import tree_bytes
 from llmlab.model.quantise import QuantiseConfig, quantise
+from llmlab.model.score import check_predicts_tokens
 from llmlab.model.transformer import unembed
 from llmlab.model.types import Inputs, Model, Params
 from llmlab.workdir.open import Opened
@@ -27,8 +28,9 @@ def quantise_command(
     have more of both, and the bytes of both.
 
     Raises:
-      UserError: the text cannot be read, or the weights not be quantised so.
+      UserError: a reward model, text that cannot be read, or weights that cannot be quantised so.
     """
+    check_predicts_tokens(opened.model.config)
     model, params = opened.model, weights.whole(opened.params)
     quantised = quantise(model, params, config)
     data, split = text_of(opened.config, on)

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from llmlab.core.paths import write_atomic
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.eval.likelihood import fit
-from llmlab.infer.generate import continuations, generate
+from llmlab.infer.generate import complete
 from llmlab.model.types import Model, Params
 
 
@@ -43,44 +42,6 @@ def write_samples(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, _page(prompts, texts).encode())
     return texts
-
-
-def complete(
-    model: Model,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    temperature: float,
-    seeds: Sequence[int],
-    stop_ids: Sequence[int],
-    rows: int = 0,
-) -> list[list[int]]:
-    """The ids that follow each prompt, up to and with the first stop id. Each prompt has a seed of its own.
-
-    `rows`: pad the batch to at least so many, so that few shapes compile.
-    """
-    if not prompts:
-        return []
-    devices = 1 if model.partition is None else model.partition.size("batch")
-    padding = -max(rows, len(prompts)) % devices + max(0, rows - len(prompts))
-    # Padding repeats the first row, and so ends when that does.
-    padded, padded_seeds = [*prompts, *[prompts[0]] * padding], [*seeds, *[seeds[0]] * padding]
-    lengths_B = np.array([len(prompt) for prompt in padded], np.int32)
-    prompt_BT = np.zeros((len(padded), max(lengths_B)), np.int32)
-    for row, prompt in enumerate(padded):
-        prompt_BT[row, : len(prompt)] = prompt
-    out_BT = generate(
-        model,
-        params,
-        prompt_BT,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=padded_seeds,
-        prompt_lengths_B=lengths_B,
-        stop_ids=stop_ids,
-    )
-    return continuations(out_BT, lengths_B, max_tokens, stop_ids)[: len(prompts)]
 
 
 def _page(prompts: Sequence[str], texts: Sequence[str]) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.eval.likelihood import LogLikelihoods, fit
-from llmlab.eval.samples import complete
 from llmlab.eval.tasks import Row, Task, continuation
+from llmlab.infer.generate import complete
 from llmlab.model.types import Model, Params
 
 Outcome = dict[str, Any]
@@ -165,8 +165,14 @@ def normalised(text: str) -> str:
 
 def last_number(text: str) -> Decimal | None:
     """The last number before the first empty line; 1,234.50 is 1234.5."""
-    found = re.findall(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", text.split("\n\n")[0])
-    return Decimal(found[-1].replace(",", "")) if found else None
+    found = numbers(text.split("\n\n")[0])
+    return found[-1] if found else None
+
+
+def numbers(text: str) -> list[Decimal]:
+    """The numbers in a text, in order."""
+    found = re.findall(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", text)
+    return [Decimal(digits.replace(",", "")) for digits in found]
 
 
 def _accepted(task: Task, row: Row, answer: str, settings: Generation) -> str | Decimal:

@@ -19,6 +19,7 @@ from llmlab.core.mesh import Partition
 from llmlab.infer.sampling import repetition_penalty as penalise
 from llmlab.infer.sampling import sample
 from llmlab.model import weights
+from llmlab.model.score import check_predicts_tokens
 from llmlab.model.transformer import unembed
 from llmlab.model.types import Cache, Inputs, Model, Out, Params
 
@@ -51,7 +52,8 @@ def generate(
       prompt_lengths_B: tokens in each row of a prompt that is padded on the right; None: T.
 
     Raises:
-      UserError: an empty prompt, more tokens than the model's positions reach, or a setting out of its range.
+      UserError: an empty prompt, more tokens than the model's positions reach, a setting out of its range, or a model
+        that predicts no tokens.
     """
     prompt_BT, lengths_B = _checked(model, prompt_BT, prompt_lengths_B, max_tokens)
     rows, time = prompt_BT.shape
@@ -85,6 +87,38 @@ def continuations(
         stop = next((place for place, id in enumerate(ids) if id in stop_ids), len(ids))
         rows.append(ids[: stop + 1])
     return rows
+
+
+def complete(
+    model: Model,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    seeds: Sequence[int],
+    stop_ids: Sequence[int],
+    rows: int = 0,
+    width: int = 0,
+    **sampling: Any,
+) -> list[list[int]]:
+    """The ids that follow each prompt, up to and with the first stop id. Each prompt has a seed of its own.
+
+    `rows`, `width`: pad the batch to at least so many rows, and these to so many ids, so that few shapes compile.
+    `sampling`: temperature, top_k and what else `generate` takes.
+    """
+    if not prompts:
+        return []
+    devices = 1 if model.partition is None else model.partition.size("batch")
+    padding = -max(rows, len(prompts)) % devices + max(0, rows - len(prompts))
+    # Padding repeats the first row, and so ends when that does.
+    padded, padded_seeds = [*prompts, *[prompts[0]] * padding], [*seeds, *[seeds[0]] * padding]
+    lengths_B = np.array([len(prompt) for prompt in padded], np.int32)
+    prompt_BT = np.zeros((len(padded), max(width, *lengths_B)), np.int32)
+    for row, prompt in enumerate(padded):
+        prompt_BT[row, : len(prompt)] = prompt
+    sampling |= {"max_tokens": max_tokens, "seed": padded_seeds, "stop_ids": stop_ids}
+    out_BT = generate(model, params, prompt_BT, prompt_lengths_B=lengths_B, **sampling)
+    return continuations(out_BT, lengths_B, max_tokens, stop_ids)[: len(prompts)]
 
 
 def stream(
@@ -274,6 +308,7 @@ _one_more = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 def _checked(
     model: Model, prompt_BT: ArrayLike, lengths_B: ArrayLike | None, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    check_predicts_tokens(model.config)
     prompt_BT = np.asarray(prompt_BT)
     if prompt_BT.ndim != 2 or not prompt_BT.size:
         raise UserError(f"the prompt is empty or no [B, T] array of ids (shape {prompt_BT.shape}): start with bos_id")

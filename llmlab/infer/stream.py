@@ -25,7 +25,7 @@ def text_of(ids: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) 
             if min(found):
                 yield held[: min(found)]
             return
-        ready = len(held) - _may_become_stop(held, stop)
+        ready = len(held) - may_become(held, stop)
         if ready:
             yield held[:ready]
             held = held[ready:]
@@ -83,10 +83,10 @@ def sample_command(
         print(f"{len(arrivals)} tokens, {speed:.1f} tokens/s after the first", file=sys.stderr)
 
 
-def _may_become_stop(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of `text` that a stop string begins with."""
-    longest = max(map(len, stop), default=1) - 1
+def may_become(text: str, strings: Sequence[str]) -> int:
+    """Characters at the end of `text` that one of `strings` begins with."""
+    longest = max(map(len, strings), default=1) - 1
     for size in range(min(longest, len(text)), 0, -1):
-        if any(string.startswith(text[-size:]) for string in stop):
+        if any(string.startswith(text[-size:]) for string in strings):
             return size
     return 0

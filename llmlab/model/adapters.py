@@ -1,7 +1,8 @@
 """Low-rank adapters, LoRA and DoRA: a small tree of its own beside frozen weights, of arrays or quantised.
 
-`{path: LowRank}` is what is trained and saved. `adapted` lays it over the weights, which are shared and not copied, so
-several adapters may stand over one base; the model reads the result as it reads any weights.
+`{path: LowRank}` is what is trained and saved; over a reward model also the weight of its score, whole, by its path.
+`adapted` lays it over the weights, which are shared and not copied, so several adapters may stand over one base; the
+model reads the result as it reads any weights.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from llmlab.core.errors import UserError
 from llmlab.model import weights
 from llmlab.model.matrices import OF_LAYERS, check_regex, leaf_at, matrices, with_leaves
 from llmlab.model.quantise import QuantiseConfig, quantise
+from llmlab.model.score import SCORE, fresh_score
 from llmlab.model.types import Model, Params
 
 
@@ -73,7 +75,8 @@ class LowRank:
     scale: float
 
 
-Adapter = dict[str, LowRank]
+# By path: a `LowRank`, or what stands in place of the weight itself.
+Adapter = dict[str, Any]
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "update"], meta_fields=[])
@@ -171,12 +174,12 @@ def add_adapter(model: Model, params: Params, config: AdapterConfig, key: jax.Ar
     """The adapter before its first step, which changes nothing: B is zero, DoRA's magnitudes are the norms of `params`.
 
     A is uniform within 1/sqrt(inputs), as PEFT draws it. All are at least float32, whatever the base is: their updates
-    are too small for less.
+    are too small for less. A score begins as it is in `params`, or fresh where they were trained without one.
 
     Raises:
       UserError: `config.include` is found in no matrix.
     """
-    adapter = {}
+    adapter: Adapter = {}
     for path, matrix in matrices(model, config.include).items():
         leaf = leaf_at(params, path)
         begin, dtype = matrix.stack + matrix.dims_in, accumulation_dtype(leaf.dtype)
@@ -190,32 +193,50 @@ def add_adapter(model: Model, params: Params, config: AdapterConfig, key: jax.Ar
             magnitude = norms_O.reshape(*leaf.shape[: matrix.stack], *leaf.shape[begin:])
             update = dataclasses.replace(update, magnitude=magnitude)
         adapter[path] = update
+    if model.config.head == "score":
+        begun = leaf_at(params, SCORE)
+        # A copy, not an alias: the step donates what is trained and what is frozen, and no buffer may go twice.
+        adapter[SCORE] = fresh_score(model, key) if begun is None else jnp.copy(begun)
     return adapter
 
 
 def adapter_axes(model: Model, config: AdapterConfig) -> Adapter:
     """The logical axes of every array of the adapter, in a tree like its own."""
-    axes = {}
+    axes: Adapter = {}
     for path, matrix in matrices(model, config.include).items():
         stack, begin = matrix.axes[: matrix.stack], matrix.stack + matrix.dims_in
         magnitude = (*stack, *matrix.axes[begin:]) if config.kind == "dora" else None
         a, b = (*matrix.axes[:begin], "rank"), (*stack, "rank", *matrix.axes[begin:])
         axes[path] = LowRank(a, b, magnitude, config.scale)
-    return axes
+    return axes | ({SCORE: leaf_at(model.axes, SCORE)} if model.config.head == "score" else {})
 
 
 def adapted(params: Params, adapter: Adapter) -> Params:
     """`params` as the model reads them under this adapter; their arrays are shared, not copied."""
-    return with_leaves(params, {path: AdaptedLeaf(leaf_at(params, path), update) for path, update in adapter.items()})
+
+    def over(path: str, update: Any) -> Any:
+        return AdaptedLeaf(leaf_at(params, path), update) if isinstance(update, LowRank) else update
+
+    return with_leaves(params, {path: over(path, update) for path, update in adapter.items()})
 
 
 def adapter_of(params: Params) -> Adapter:
-    """The adapter that lies over these weights; {} where none does."""
+    """The adapter that lies over these weights, with the score's weight of a reward model; {} where none does."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: isinstance(node, AdaptedLeaf))
     found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    return {path: leaf.update for path, leaf in found.items() if isinstance(leaf, AdaptedLeaf)}
+    updates = {path: leaf.update for path, leaf in found.items() if isinstance(leaf, AdaptedLeaf)}
+    return updates | {path: leaf for path, leaf in found.items() if updates and path == SCORE}
 
 
 def merge_adapter(params: Params, adapter: Adapter) -> Params:
     """Full weights again: one array for every leaf, the adapter merged into it."""
     return weights.whole(adapted(params, adapter))
+
+
+def without_adapter(params: Params) -> Params:
+    """The weights under the adapter, as a reference that no gradient reaches; their arrays are shared, not copied."""
+
+    def base(node: Any) -> Any:
+        return node.base if isinstance(node, AdaptedLeaf) else node
+
+    return jax.lax.stop_gradient(jax.tree.map(base, params, is_leaf=lambda node: isinstance(node, AdaptedLeaf)))

@@ -47,6 +47,8 @@ class ModelConfig:
     Layers:
       positions: learned vectors added to the embedding (GPT-2) or rotary, as `rope` says.
       scaled_embedding: the embedding times sqrt(width) (Gemma). tied_embedding: the head is the embedding.
+      head: what reads the last hidden state: tokens, a logit for each of the vocabulary; score, one number a token,
+        which makes it a reward model: no unembedding, and `tied_embedding` and `logit_softcap` are without effect.
       norm: layernorm or rmsnorm (arXiv 1910.07467). norm_from_zero: its scale is 1 + the weight (Gemma).
       norm_before, norm_after: where attention and MLP have a norm: before them (Llama), after them and before they are
         added to the residual stream (OLMo 2, arXiv 2501.00656), or both (Gemma 2, arXiv 2408.00118).
@@ -84,6 +86,7 @@ class ModelConfig:
     rope: RopeConfig = dataclasses.field(default_factory=RopeConfig)
     scaled_embedding: bool = False
     tied_embedding: bool = False
+    head: Literal["tokens", "score"] = "tokens"
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_epsilon: float = 1e-5
     norm_from_zero: bool = False

@@ -27,7 +27,7 @@ def tree_bytes(tree: Any) -> int:
 def product_parameters(config: ModelConfig) -> int:
     """Weights that a token is multiplied with: the head and convolutions, not the look-up; its own experts only."""
     layers = sum(_mixer_parameters(config, layer) + _mlp_parameters(config, layer) for layer in range(config.layers))
-    return layers + config.width * config.vocab_size
+    return layers + config.width * (1 if config.head == "score" else config.vocab_size)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, frozen: bool = False) -> float:

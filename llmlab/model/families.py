@@ -53,7 +53,18 @@ class Family(NamedTuple):
     unused: Mapping[str, str] = MappingProxyType({})
     extra_layers: str = ""
 
+    @property
+    def scorer(self) -> str:
+        """The architecture of its reward models, which have one label; "" where transformers has none."""
+        usual = self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+        return _SCORERS.get(self.model_type, usual)
 
+
+_SCORERS = {
+    "gemma3_text": "Gemma3TextForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+    "mamba2": "",
+}
 ROTARY_BUFFERS = {r".*\.rotary_emb\.inv_freq": "rotary frequencies, which follow from the config"}
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
 

@@ -2,6 +2,10 @@
 
 from llmlab.model.hf_weights import Rule, linear
 
+HEADS = (
+    Rule("lm_head.weight", ("head.unembedding_DV",), turned=True),
+    Rule("score.weight", ("head.score_D",), turned=True),
+)
 ATTENTION = (
     *linear("model.layers.{layer}.self_attn.q_proj", "attention.query_DNH"),
     *linear("model.layers.{layer}.self_attn.k_proj", "attention.key_DKH"),
@@ -18,7 +22,7 @@ MLP = (
 ENDS = (
     Rule("model.embed_tokens.weight", ("embedding.tokens_VD",)),
     Rule("model.norm.weight", ("head.norm.scale",)),
-    Rule("lm_head.weight", ("head.unembedding_DV",), turned=True),
+    *HEADS,
 )
 
 
@@ -147,5 +151,5 @@ GPT2_WEIGHTS = (
     *linear("transformer.h.{layer}.mlp.c_proj", "mlp.down_FD", turned=False),
     Rule("transformer.ln_f.weight", ("head.norm.scale",)),
     Rule("transformer.ln_f.bias", ("head.norm.bias",)),
-    Rule("lm_head.weight", ("head.unembedding_DV",), turned=True),
+    *HEADS,
 )

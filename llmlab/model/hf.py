@@ -88,9 +88,14 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[ModelConfig, Family]:
             f"{folder}/config.json: {unread[0]}={json.dumps(keys[unread[0]])} is not known for {family.model_type}, "
             "and may change the logits: if it does not, take it out of the file"
         )
+    head = "score" if family.scorer and family.scorer in (keys.get("architectures") or []) else "tokens"
+    if head == "score" and (labels := len(keys.get("id2label") or ()) or keys.get("num_labels", 2)) != 1:
+        raise UserError(
+            f"{folder}/config.json: {labels} labels are not supported: a reward model has one (num_labels=1)"
+        )
     named = keys.get("dtype") or keys.get("torch_dtype")
     dtype: DType = "bfloat16" if named == "bfloat16" else "float64" if named == "float64" else "float32"
-    return assembled(fields | {"dtype": dtype, "param_dtype": dtype}), family
+    return assembled(fields | {"head": head, "dtype": dtype, "param_dtype": dtype}), family
 
 
 def family_of(keys: dict[str, Any]) -> Family:
@@ -104,8 +109,9 @@ def family_of(keys: dict[str, Any]) -> Family:
     if str(name) not in known:
         raise UserError(f"config.json: model_type={name!r} is not supported: {nearest(str(name), known)}")
     family, architectures = known[str(name)], keys.get("architectures") or []
-    if architectures and family.architecture not in architectures and not architectures[0].endswith("Model"):
-        raise UserError(f"config.json: {architectures[0]} is not supported for {name}, only {family.architecture}")
+    supported = [name for name in (family.architecture, family.scorer) if name]
+    if architectures and set(supported).isdisjoint(architectures) and not architectures[0].endswith("Model"):
+        raise UserError(f"config.json: {architectures[0]} is not supported for {name}, only {' and '.join(supported)}")
     return family
 
 
@@ -160,7 +166,8 @@ def save(
 
     Args:
       beside: files that are copied into the folder, such as a licence.
-      tokenizer: saved beside the weights; the ids it begins and ends documents with go into config.json.
+      tokenizer: saved beside the weights; the ids it begins, ends and pads documents with go into config.json.
+        Without the last of them transformers scores one text at a time.
       shard_bytes: of one file; larger models are written in several, with an index.
 
     Raises:
@@ -176,13 +183,14 @@ def save(
         return family
     with new_folder(target) as partial:
         content = {"architectures": [family.architecture], "model_type": family.model_type, **keys}
+        if model.config.head == "score":
+            content |= {"architectures": [family.scorer], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         content["dtype"] = model.config.param_dtype
+        for file in beside:
+            shutil.copyfile(file, partial / file.name)
         if tokenizer is not None:
             content |= export_tokenizer(tokenizer, partial)
         write_atomic(partial / "config.json", json.dumps(content, indent=2).encode() + b"\n")
-        for file in beside:
-            if not (partial / file.name).exists():
-                shutil.copyfile(file, partial / file.name)
         write_tensors(partial, tensors, shard_bytes)
     return family
 
@@ -200,7 +208,7 @@ def config_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         try:
             for part in family.config:
                 keys |= part.write(config)
-            found = identity(assembled(Keys(keys).fields(family.config)))
+            found = identity(assembled(Keys(keys).fields(family.config) | {"head": config.head}))
         except UserError as error:
             differences[family.model_type] = [str(error)] * len(wanted)
             continue
@@ -208,6 +216,10 @@ def config_for(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             f"model.{name}={wanted[name]!r} (it has {found[name]!r})" for name in wanted if found[name] != wanted[name]
         ]
         if not differences[family.model_type]:
+            if config.head == "score" and not family.scorer:
+                raise UserError(
+                    f"transformers has no reward models (model.head=score) of the family {family.model_type}"
+                )
             return family, keys
     closest = min(differences, key=lambda name: len(differences[name]))
     raise UserError(
@@ -243,6 +255,8 @@ def identity(config: ModelConfig) -> dict[str, Any]:
         latent=config.latent if latent else LatentConfig(),
         ssm=ssm,
     )
+    if config.head == "score":
+        spelt = dataclasses.replace(spelt, tied_embedding=False, logit_softcap=None)
     if not config.attends:
         usual = {name: getattr(USUAL, name) for name in _ATTENDING}
         spelt = dataclasses.replace(spelt, **usual)
@@ -265,7 +279,7 @@ def _with_prefix(names: set[str], wanted: dict[str, Place]) -> dict[str, str]:
     prefix = next(iter(wanted)).partition(".")[0] + "."
     if any(name.startswith(prefix) for name in names):
         return {name: name for name in names}
-    return {prefix + name if name != "lm_head.weight" else name: name for name in names}
+    return {name if name in ("lm_head.weight", "score.weight") else prefix + name: name for name in names}
 
 
 def _empty(model: Model) -> Params:

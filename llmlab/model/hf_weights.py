@@ -24,7 +24,8 @@ class Rule(NamedTuple):
     """One tensor of theirs.
 
     theirs: its name. ours: paths of leaves, below their layer where `theirs` has one.
-    turned: theirs is [out, in], as torch.nn.Linear has it, where ours is [in…, out…]; else both read the same way.
+    turned: theirs is [out, in], as torch.nn.Linear has it, where ours is [in…, out…]; else both read the same way. A
+      vector that is turned is the weight of one output.
     dims_in: how many of our leaf's dimensions are `in`; 0 for a bias.
     join: how several leaves make one: side by side along `out`; side by side in each head; or alternating, number by
       number.
@@ -75,9 +76,9 @@ class Rule(NamedTuple):
         return np.ascontiguousarray(x[:, None] if self.depthwise else x)
 
     def _flat(self, shape: Shape) -> Shape:
-        """[…, in, out] after what is stacked; a vector is all `out`."""
+        """[…, in, out] after what is stacked; a vector is all `out`, or [in, 1] where it is turned."""
         stacked, shape = shape[: self.stacked], shape[self.stacked :]
-        if len(shape) == 1 or not self.dims_in:
+        if (len(shape) == 1 and not self.turned) or not self.dims_in:
             return (*stacked, math.prod(shape))
         return (*stacked, math.prod(shape[: self.dims_in]), math.prod(shape[self.dims_in :]))
 

@@ -18,6 +18,7 @@ from llmlab.model import cache as caches
 from llmlab.model import weights
 from llmlab.model.base import Layer, Norm, linear_init
 from llmlab.model.rope import Rotary, rotate
+from llmlab.model.score import score_init
 from llmlab.model.types import Inputs
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": nn.gelu, "silu": nn.silu}
@@ -145,6 +146,10 @@ class Embedding(Layer):
             x_BTD = x_BTD + self._rows(positions_PD, inputs.positions_BT, "positions")
         return self.constrain(x_BTD, "batch", "time", "act_embed")
 
+    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """The vectors of tokens, as `Inputs.embeddings_BTD` takes their place: not scaled, without positions."""
+        return self._rows(self.get_variable("params", "tokens_VD"), tokens_BT, "vocab")
+
     def _rows(self, leaf: Any, ids_BT: jax.Array, axis: str) -> jax.Array:
         if isinstance(leaf, jax.Array):
             # The mesh axes that split the width split the batch too: gather the width before the look-up, or XLA
@@ -154,12 +159,14 @@ class Embedding(Layer):
 
 
 class Head(Layer):
-    """What reads the residual stream: the final norm, and the unembedding unless it is the embedding."""
+    """What reads the residual stream: the final norm, and the unembedding unless it is the embedding, or the score."""
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
-        if not c.tied_embedding:
+        if c.head == "score":
+            self.weight("score_D", score_init(c.width), (c.width,), ("embed",), accumulation_dtype(c.param_dtype))
+        elif not c.tied_embedding:
             init = linear_init(c, c.width, into_residual=False)
             self.weight("unembedding_DV", init, (c.width, c.vocab_size), ("embed", "vocab"))
         return Norm(c, self.partition, kind=c.norm, name="norm")(x_BTD)

@@ -1,7 +1,7 @@
 """Adapters in the format of Hugging Face's PEFT: a folder with adapter_config.json and adapter_model.safetensors.
 
 There every layer stands by itself, under the name that the family's weight table gives it; a linear layer's lora_A is
-[rank, in], its lora_B [out, rank], whichever way its weight lies.
+[rank, in], its lora_B [out, rank], whichever way its weight lies. The score of a reward model is in there whole.
 """
 
 import dataclasses
@@ -27,10 +27,13 @@ from llmlab.model.adapters import Adapter, AdapterConfig, LowRank
 from llmlab.model.cost import abstract_params
 from llmlab.model.hf_weights import Place, Rule, places
 from llmlab.model.matrices import Matrix, leaf_at, matrices
+from llmlab.model.score import SCORE
 from llmlab.model.types import Model
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# The layer of transformers' reward models that gives the score, as PEFT keeps it: whole.
+_SCORE, _SCORE_WEIGHT = "score", f"{_PREFIX}score.weight"
 # What these ask for, where they ask for anything, our adapters do not do.
 _NOT_HERE = (
     "alora_invocation_tokens",
@@ -67,8 +70,9 @@ def save_peft(
     Raises:
       UserError: no open family has this model's settings, or one of the matrices is no linear layer of its own there.
     """
-    linears = list(_linears(model, adapter))
-    tensors: dict[str, np.ndarray] = {}
+    scores = model.config.head == "score"
+    linears = list(_linears(model, adapter.keys() - {SCORE}))
+    tensors = {_SCORE_WEIGHT: fetch(adapter[SCORE])[None].astype(np.float32)} if scores else {}
     for linear in linears:
         _check_alone(linear)
         update = adapter[linear.path]
@@ -85,7 +89,7 @@ def save_peft(
     everywhere = all(ends.count(end) == model.config.layers for end in ends)
     about = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if scores else "CAUSAL_LM",
         "base_model_name_or_path": base_model or None,
         "r": config.rank,
         "lora_alpha": config.alpha,
@@ -95,12 +99,18 @@ def save_peft(
         "bias": "none",
         "fan_in_fan_out": not all(linear.turned for linear in linears),
         "target_modules": sorted(set(ends if everywhere else names)),
+        "modules_to_save": [_SCORE] if scores else None,
         "inference_mode": True,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / TENSORS, save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG, json.dumps(about, indent=2).encode() + b"\n")
+
+
+def is_scorer(folder: str | os.PathLike[str]) -> bool:
+    """Whether the adapter in `folder` makes a reward model of what is under it."""
+    return _about(Path(folder)).get("task_type") == "SEQ_CLS"
 
 
 def load_peft(model: Model, folder: str | os.PathLike[str]) -> tuple[Adapter, AdapterConfig]:
@@ -110,7 +120,7 @@ def load_peft(model: Model, folder: str | os.PathLike[str]) -> tuple[Adapter, Ad
       UserError: it is not there, is for another model, or asks for what our adapters do not do.
     """
     folder = Path(folder)
-    about, tensors = _read(folder)
+    about, tensors = _read(folder, scores := model.config.head == "score")
     kind, rank, alpha = "dora" if about.get("use_dora") else "lora", about.get("r"), about.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise UserError(f"{folder / CONFIG} has r={rank!r} and lora_alpha={alpha!r}: they should be numbers")
@@ -139,9 +149,10 @@ def load_peft(model: Model, folder: str | os.PathLike[str]) -> tuple[Adapter, Ad
         if kind == "dora":
             parts.append(take(f"{place}magnitude_vector", size_out).reshape(outside))
         found.setdefault(linear.path, []).append(tuple(parts))
+    score_1D = take(_SCORE_WEIGHT, 1, model.config.width) if scores else None
     if tensors:
         raise UserError(f"{folder / TENSORS} holds {min(tensors)}, which is no part of an adapter for this model")
-    adapter = {}
+    adapter: Adapter = {}
     for path, layers in found.items():
         leaf = leaf_at(shapes, path)
         if known[path].stack and len(layers) != leaf.shape[0]:
@@ -150,6 +161,8 @@ def load_peft(model: Model, folder: str | os.PathLike[str]) -> tuple[Adapter, Ad
         a, b, *magnitude = (jnp.asarray(array, accumulation_dtype(leaf.dtype)) for array in arrays)
         adapter[path] = LowRank(a, b, magnitude[0] if magnitude else None, config.scale)
     include = "|".join(re.escape(path) for path in adapter)
+    if score_1D is not None:
+        adapter[SCORE] = jnp.asarray(score_1D[0], leaf_at(shapes, SCORE).dtype)
     return adapter, dataclasses.replace(config, include=f"^({include})$")
 
 
@@ -183,10 +196,20 @@ def _sides(shapes: Any, path: str, matrix: Matrix) -> tuple[tuple[int, ...], tup
     return own[: matrix.dims_in], own[matrix.dims_in :]
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What adapter_config.json says, and the tensors by name."""
+def _about(folder: Path) -> dict[str, Any]:
+    """What adapter_config.json says."""
     try:
-        about = json.loads((folder / CONFIG).read_bytes())
+        return json.loads((folder / CONFIG).read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no PEFT adapter: it has no {CONFIG} or no {TENSORS}") from None
+    except ValueError as error:
+        raise UserError(f"the PEFT adapter in {folder} cannot be read ({error}): copy it anew") from error
+
+
+def _read(folder: Path, scores: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What adapter_config.json says, and the tensors by name; those of a reward model where `scores` is set."""
+    about = _about(folder)
+    try:
         with safe_open(folder / TENSORS, framework="flax") as file:
             # Of an adapted head PEFT keeps a copy as it was beneath the adapter.
             names = [name for name in file.keys() if not name.endswith(".base_layer.weight")]  # noqa: SIM118
@@ -199,6 +222,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise UserError(
             f"{folder / CONFIG} has peft_type={about.get('peft_type')!r}: only LORA, with DoRA, is known here"
         )
+    if scores and set(about.get("modules_to_save") or ()) <= {_SCORE, "classifier"}:
+        about.pop("modules_to_save", None)
     asked = [key for key in _NOT_HERE if about.get(key)]
     if about.get("bias", "none") != "none":
         asked.append("bias")

@@ -23,6 +23,7 @@ from llmlab.model.config import ModelConfig
 from llmlab.model.layers import Embedding, Head
 from llmlab.model.rope import Rotary, rotary_angles
 from llmlab.model.routing import LOAD, corrected, over_layers
+from llmlab.model.score import check_predicts_tokens, check_scores, scored
 from llmlab.model.types import Cache, Inputs, Model, Out, Params, inputs
 
 
@@ -81,13 +82,18 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         return Out(hidden_BTD, cache, aux)
 
     def head_weight(params: Params) -> jax.Array:
+        check_predicts_tokens(config)
         if config.tied_embedding:
             return _turned(weights.dense(params["embedding"]["tokens_VD"], config.dtype))
         return weights.dense(params["head"]["unembedding_DV"], config.dtype)
 
     def logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
-        hidden_BTD = apply(params, inputs(tokens_BT)).hidden_BTD
-        return unembed(hidden_BTD, head_weight(params), config.logit_softcap)
+        w_DV = head_weight(params)
+        return unembed(apply(params, inputs(tokens_BT)).hidden_BTD, w_DV, config.logit_softcap)
+
+    def score(params: Params, hidden_BTD: jax.Array) -> jax.Array:
+        check_scores(config)
+        return scored(params, hidden_BTD)
 
     def init_cache(batch: int, capacity: int) -> Cache:
         layers = tuple(caches.empty(block.cache_specs(capacity), batch) for block in blocks)
@@ -107,6 +113,7 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         apply=apply,
         head=head_weight,
         logits=logits,
+        score=score,
         init_cache=init_cache,
         unstack=unstack,
         post_step=post_step,
@@ -117,6 +124,12 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
 def _turned(w_VD: jax.Array) -> jax.Array:
     """w_DV. On CPU as an array of its own: the gradient of a tall [V, D] product takes 1.7 times that of [D, V]."""
     return jax.lax.platform_dependent(w_VD, cpu=lambda w: jax.lax.optimization_barrier(w.T), default=lambda w: w.T)
+
+
+def embed(model: Model, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """embeddings_BTD of tokens: given to the model as such, they are what it would have looked up itself."""
+    embedding = Embedding(model.config, model.partition)
+    return embedding.apply({"params": params["embedding"]}, tokens_BT, method="look_up")  # type: ignore[return-value]
 
 
 def unembed(hidden_BTD: jax.Array, w_DV: jax.Array, softcap: float | None) -> jax.Array:

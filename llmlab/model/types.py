@@ -41,6 +41,8 @@ class Model(NamedTuple):
     apply(params, inputs, *, cache=None, key=None) -> Out.
     head(params) -> w_DV, the unembedding in the compute dtype; soft-cap and temperature are the reader's to apply.
     logits(params, tokens_BT) -> logits_BTV in at least float32: for looking; objectives never hold [B, T, V].
+    score(params, hidden_BTD) -> score_BT in at least float32, of a reward model (`config.head`), which has neither of
+      those two; the one that a model lacks raises UserError.
     init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens; more must not be fed to it.
     unstack(params) -> the same weights with one entry a layer, for steps so short that splitting stacks would cost.
     post_step(params, aux) -> params, with what moves after a step by no gradient: `aux` is that of the whole batch.
@@ -53,6 +55,7 @@ class Model(NamedTuple):
     apply: Callable[..., Out]
     head: Callable[[Params], jax.Array]
     logits: Callable[[Params, jax.Array], jax.Array]
+    score: Callable[[Params, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
     unstack: Callable[[Params], Params]
     post_step: Callable[[Params, Metrics], Params]

@@ -2,37 +2,41 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from llmlab.core.arrays import Mean, Metrics, accumulation_dtype
+from llmlab.core.arrays import Mean, Metrics
 from llmlab.core.errors import UserError
 from llmlab.data.pipeline import TokenBatch
-from llmlab.kernels.logprobs import token_logprobs
-from llmlab.model.routing import router_loss
-from llmlab.model.types import Inputs, Model, Params
-
-Loss = Callable[[Params, TokenBatch, jax.Array | None], tuple[Mean, Metrics]]
+from llmlab.model.types import Model, Params
+from llmlab.objective import base
+from llmlab.objective.base import Logprobs, Loss, Objective, run, target_logps
+from llmlab.objective.neftune import noisy_embeddings
 
 
 @dataclasses.dataclass(frozen=True)
-class NextTokenConfig:
+class NextTokenConfig(Objective):
     """Next-token cross-entropy.
 
     z_loss: weight of log(Z)², which keeps the logits' scale in place (PaLM, arXiv 2204.02311, section 5). logprobs: how
-    the token log-probabilities are computed: auto, plain (holds all logits), chunked (never does).
+    the token log-probabilities are computed: auto, plain (holds all logits), chunked (never does). neftune_alpha: how
+    much noise the embeddings get in training, 5 to 15 where any: see `neftune`.
     """
 
     name: Literal["next_token"] = "next_token"
     z_loss: float = 0.0
-    logprobs: Literal["auto", "plain", "chunked"] = "auto"
+    logprobs: Logprobs = "auto"
+    neftune_alpha: float = 0.0
+
+    rows: ClassVar[tuple[str, ...]] = ("text", "chat")
 
     def __post_init__(self) -> None:
         if not self.z_loss >= 0:
             raise UserError(f"objective.z_loss={self.z_loss} should be 0 (off) or more, such as 1e-4")
+        if not self.neftune_alpha >= 0:
+            raise UserError(f"objective.neftune_alpha={self.neftune_alpha} should be 0 (off) or more, such as 5")
 
     def make(self, model: Model, token_bytes_V: Any) -> Loss:
         """The loss of this config for `model`; `token_bytes_V` are the bytes of text behind each token."""
@@ -57,30 +61,22 @@ def next_token_loss(
     The metrics are `loss`, in nats a token and without the other terms, and `bits_per_byte`, of the text behind the
     targets: comparable between tokenizers; and what the model counts.
     """
-    inputs = Inputs(batch.tokens_BT, batch.positions_BT, batch.segment_ids_BT)
-    out = model.apply(params, inputs, key=key)
-    dtype = accumulation_dtype(out.hidden_BTD.dtype)
-    flatten = model.partition is None or model.partition.size("time") == 1
-    logp_BT, logz_BT, _ = token_logprobs(
-        out.hidden_BTD,
-        model.head(params),
-        batch.targets_BT,
-        softcap=model.config.logit_softcap,
-        implementation=config.logprobs,
-        flatten=flatten,
-    )
-    mask_BT = batch.mask_BT.astype(dtype)
+    embeddings_BTD = None
+    if config.neftune_alpha and key is not None:
+        key, noise_key = jax.random.split(key)
+        embeddings_BTD = noisy_embeddings(model, params, batch, config.neftune_alpha, noise_key)
+    out = run(model, params, batch, key, embeddings_BTD)
+    logp_BT, logz_BT, _ = target_logps(model, params, out.hidden_BTD, batch.targets_BT, config.logprobs)
+    mask_BT = batch.mask_BT.astype(logp_BT.dtype)
     weight = jnp.sum(mask_BT)
     nats = -jnp.sum(logp_BT * mask_BT)
     total = nats
     if config.z_loss:
         total = total + config.z_loss * jnp.sum(jnp.square(logz_BT) * mask_BT)
-    if out.aux:
-        total = total + router_loss(out.aux, model.config.experts) * weight
-    bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT].astype(dtype) * mask_BT
+    bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT].astype(logp_BT.dtype) * mask_BT
     metrics: Metrics = {
         "loss": Mean(nats, weight),
         "bits_per_byte": Mean(nats / math.log(2), jnp.sum(bytes_BT)),
         **out.aux,
     }
-    return Mean(total, weight), metrics
+    return base.total(model, Mean(total, weight), out.aux), metrics

@@ -152,6 +152,9 @@ thead th {{ color: var(--soft); font-weight: 600; white-space: nowrap; border-bo
 .pairs th {{ color: var(--soft); font-weight: 400; width: 1%; white-space: nowrap; }}
 .pairs td {{ overflow-wrap: anywhere; }}
 @media (max-width: 600px) {{ .pairs th {{ white-space: normal; width: 45%; overflow-wrap: anywhere; }} }}
+.turn {{ margin: 0 0 6px; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 150px; }}
+.turn b {{ color: var(--soft); font-weight: 600; }}
+.turn i {{ color: var(--soft); }}
 details {{ padding: 8px 14px; margin-top: 8px; }}
 details .wide {{ border: 0; margin-top: 6px; }}
 summary {{ cursor: pointer; font-weight: 600; font-size: 14px; }}

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llmlab.workdir.files import Workdir
@@ -32,7 +33,8 @@ class Run:
     """A run as its files tell it.
 
     described: config.json. training, evaluations: rows of metrics.jsonl. evaluation: eval.json.
-    seconds: time.json, wall time by what it was spent on. samples: (step, text), the latest first.
+    seconds: time.json, wall time by what it was spent on. samples: (step, text), the latest first. conversations:
+    (step, rows) of the earliest and the latest that were sampled, in this order; one where there is one.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     evaluation: dict[str, Any]
     seconds: dict[str, float]
     samples: list[tuple[int, str]]
+    conversations: list[tuple[int, list[Row]]]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         evaluation=_optional(workdir, "eval.json"),
         seconds={name: s for name, s in _optional(workdir, "time.json").items() if number(s) is not None},
         samples=_samples(workdir),
+        conversations=_conversations(workdir),
     )
 
 
@@ -139,6 +143,27 @@ def _optional(workdir: Workdir, name: str) -> dict[str, Any]:
 
 
 def _samples(workdir: Workdir) -> list[tuple[int, str]]:
-    paths = workdir.samples.glob("*.txt") if workdir.samples.is_dir() else []
-    steps = sorted(((int(path.stem), path) for path in paths if path.stem.isdecimal()), reverse=True)
-    return [(step, path.read_text(encoding="utf-8", errors="replace")) for step, path in steps]
+    files = reversed(_by_step(workdir, ".txt"))
+    return [(step, path.read_text(encoding="utf-8", errors="replace")) for step, path in files]
+
+
+def _conversations(workdir: Workdir) -> list[tuple[int, list[Row]]]:
+    """A file with a row that is none is passed over."""
+    files = _by_step(workdir, ".jsonl")
+    read = [(step, _turns(path)) for step, path in (files if len(files) < 2 else (files[0], files[-1]))]
+    return [(step, rows) for step, rows in read if rows]
+
+
+def _turns(path: Path) -> list[Row]:
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+        return [
+            {name: [dict(turn) for turn in row[name]] for name in ("prompt", "answer", "reference")} for row in rows
+        ]
+    except (ValueError, TypeError, KeyError):
+        return []
+
+
+def _by_step(workdir: Workdir, suffix: str) -> list[tuple[int, Path]]:
+    paths = workdir.samples.glob(f"*{suffix}") if workdir.samples.is_dir() else []
+    return sorted((int(path.stem), path) for path in paths if path.stem.isdecimal())

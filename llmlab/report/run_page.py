@@ -1,18 +1,29 @@
 """One run as one page: the numbers that matter, curves, samples, where the time went, and the config behind them."""
 
+import dataclasses
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 from llmlab.core.paths import write_atomic
+from llmlab.report.conversations import answers, side_by_side
 from llmlab.report.curves import Curve, chart
 from llmlab.report.heat import heat_map
 from llmlab.report.page import fold, page, pairs, section, tiles, verbatim
-from llmlab.report.read import Run, flat, number, read_run, series, training_seconds, without_paths
+from llmlab.report.read import Points, Run, flat, number, read_run, series, training_seconds, without_paths
 from llmlab.train.progress import clock, thousands
 from llmlab.workdir.files import Workdir
+
+TITLES = {
+    "logp": "Log-probability of an answer",
+    "logp_per_token": "Log-probability per token",
+    "tokens": "Tokens in an answer",
+    "reference_kl": "KL from the reference",
+    "brier": "Brier score",
+}
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
@@ -37,9 +48,11 @@ def run_page(run: Run) -> bytes:
         [
             section("numbers", "In numbers", tiles(_headline(run))),
             section("curves", "Curves", _curves(run)),
+            section("conversations", "What it answers", side_by_side(run)),
+            section("answers", "Answers to conversations held out", answers(run.evaluation.get("conversations"))),
             section("samples", "What it writes", _samples(run)),
             section("needle", "A needle in a haystack", _needle(run.evaluation.get("needle"))),
-            section("evaluation", "Evaluation", pairs(_shown(flat(without_paths(_without(run.evaluation, "needle")))))),
+            section("evaluation", "Evaluation", pairs(_shown(_scores(run)))),
             section("time", "How the time was spent", pairs(_time(run))),
             section("config", "Config", fold("resolved config", verbatim(config))),
             section("machine", "Code and machine", pairs(_shown(flat(_without(described, "config", "parameters"))))),
@@ -102,8 +115,58 @@ def _curves(run: Run) -> str:
                 legend=False,
             )
         )
+    charts += _further(run)
     inside = "\n".join(filter(None, charts))
     return f'<div class="charts">{inside}</div>' if inside else ""
+
+
+def _further(run: Run) -> list[str]:
+    """Charts of what else is evaluated: one for each name, or for those that differ in the answer or the kind only."""
+    names = dict.fromkeys(
+        key.removeprefix("eval/") for row in run.evaluations for key in row if key.startswith("eval/")
+    )
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name not in ("loss", "bits_per_byte", "perplexity") and not name.startswith("calibration/"):
+            groups.setdefault(re.sub("(chosen|rejected)_", "", name.partition("/")[0]), []).append(name)
+    charts = []
+    for group, members in groups.items():
+        curves = [
+            Curve(_label(name), series(run.evaluations, f"eval/{name}"), i, dots=True) for i, name in enumerate(members)
+        ]
+        if len(members) == 1:
+            held_out = dataclasses.replace(curves[0], label="held out", index=1)
+            curves = [Curve("training", series(run.training, members[0])), held_out]
+        charts.append(chart(TITLES.get(group, group.replace("_", " ").capitalize()), curves, last_values=True))
+    return [*charts, _calibration(run)]
+
+
+def _label(name: str) -> str:
+    """What tells a metric from others in its chart."""
+    first, _, kind = name.partition("/")
+    answer = next((word for word in ("chosen", "rejected") if first.startswith(f"{word}_")), "")
+    return " ".join(filter(None, (answer, kind.replace("_", " ")))) or "all"
+
+
+def _calibration(run: Run) -> str:
+    """How often the last evaluation is right, by how sure it is."""
+    row = run.evaluations[-1] if run.evaluations else {}
+    points: Points = []
+    for key in row:
+        if key.startswith("eval/calibration/confidence_"):
+            sure, right = number(row[key]), number(row.get(key.replace("/confidence_", "/accuracy_")))
+            points += [] if sure is None or right is None else [(sure, right)]
+    if len(points) < 2:
+        return ""
+    points.sort()
+    ideal: Points = [(points[0][0], points[0][0]), (points[-1][0], points[-1][0])]
+    curves = [Curve("held out", points, 1, dots=True), Curve("as sure as right", ideal, 7)]
+    return chart("Calibration: share right, by confidence", curves, "confidence")
+
+
+def _scores(run: Run) -> dict[str, Any]:
+    """What `llmlab eval` found, but for what has a section of its own."""
+    return flat(without_paths(_without(run.evaluation, "needle", "conversations")))
 
 
 def _needle(found: Any) -> str:

@@ -20,7 +20,8 @@ from jax.experimental import multihost_utils
 from llmlab.core.distributed import together
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import Partition, fetch, single_device
-from llmlab.data.pipeline import TokenBatch
+from llmlab.data.pipeline import Batch, GroupBatch, TokenBatch
+from llmlab.data.store import STEP
 from llmlab.kernels import attention, logprobs
 from llmlab.kernels.check import LENGTH, Comparison, check_attention, check_ssm, check_token_logprobs, compared
 from llmlab.model.transformer import make_model
@@ -86,6 +87,10 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
             implementation=attention_name,
         )
         checks.append(check)
+    if model.head == "score":
+        return checks
+    if model.head == "score":
+        return checks
     check = functools.partial(
         check_token_logprobs,
         min(model.width, 1024),
@@ -133,7 +138,9 @@ def twin(experiment: Experiment, partition: Partition) -> Experiment:
     experts = dataclasses.replace(model.experts, first_dense=dense)
     small: Any = dict(attention=attention_name, layers=layers, vocab_size=vocab_size, experts=experts)
     model = dataclasses.replace(model, dtype="float32", param_dtype="float32", **small)
-    objective = dataclasses.replace(experiment.objective, logprobs=logprobs_name)  # type: ignore[arg-type]
+    objective: Any = experiment.objective
+    if model.head == "tokens":
+        objective = dataclasses.replace(objective, logprobs=logprobs_name)
     data, optimizer = experiment.data, experiment.optimizer
     pieces = partition.size("time")
     length = -(-min(data.sequence_length, LONGEST) // pieces) * pieces
@@ -145,7 +152,7 @@ def twin(experiment: Experiment, partition: Partition) -> Experiment:
 def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comparison]:
     """The gradient of every leaf on the mesh, against one device's, in relative norm."""
     config, accumulate = experiment.model, experiment.optimizer.accumulate
-    batch = _random_batch(experiment)
+    batch = random_batch(experiment)
     params = jax.tree.map(np.asarray, make_model(config).init(jax.random.key(0)))
     token_bytes_V = np.ones(config.vocab_size, np.int32)
     key = jax.random.key(1)
@@ -154,7 +161,7 @@ def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comp
         model = make_model(config, partition)
         loss = experiment.objective.make(model, token_bytes_V)
         placed = _place(params, partition.shardings(model.axes))
-        rows = _place(batch, jax.tree.map(lambda _: partition.sharding("batch", "time"), batch))
+        rows = _place(batch, jax.tree.map(lambda x: partition.sharding("batch", *("time",) * (x.ndim == 2)), batch))
         run = jax.jit(lambda p, b: accumulated_gradients(loss, p, {}, b, key, accumulate, partition)[::2])
         # Accelerators otherwise round the factors of float32 products to fewer bits than the tolerance allows.
         with jax.default_matmul_precision("highest"):
@@ -196,16 +203,23 @@ def restore_rows(
     yield Comparison("save and restore, leaves that differ", float(different), 0.0, not different)
 
 
-def _random_batch(experiment: Experiment) -> TokenBatch:
-    """Random tokens; half-way along each row a second document begins."""
-    shape = (experiment.data.batch_size, experiment.data.sequence_length)
-    tokens_BT = np.random.default_rng(0).integers(experiment.model.vocab_size, size=shape, dtype=np.int32)
-    index_T = np.arange(shape[1], dtype=np.int32)
-    second_T = index_T >= shape[1] // 2
-    positions_BT = np.broadcast_to(np.where(second_T, index_T - shape[1] // 2, index_T), shape)
-    segment_ids_BT = np.broadcast_to(1 + second_T.astype(np.int32), shape)
-    mask_BT = np.ones(shape, np.float32)
-    return TokenBatch(tokens_BT, np.roll(tokens_BT, -1, axis=1), mask_BT, positions_BT, segment_ids_BT)  # type: ignore[arg-type]
+def random_batch(experiment: Experiment) -> Batch:
+    """Random tokens; half-way along each row a second document begins, or each row holds two pairs of answers."""
+    B, T = shape = (experiment.data.batch_size, experiment.data.sequence_length)
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(experiment.model.vocab_size, size=shape, dtype=np.int32)
+    judged = experiment.data.rows not in ("text", "chat")
+    pieces = 4 if judged else 2
+    begin_T = np.minimum(np.arange(T) // -(-T // pieces), pieces - 1) * -(-T // pieces)
+    positions_BT = np.broadcast_to((np.arange(T) - begin_T).astype(np.int32), shape)
+    segment_ids_BT = np.broadcast_to(np.unique(begin_T, return_inverse=True)[1].astype(np.int32) + 1, shape)
+    rows = (tokens_BT, np.roll(tokens_BT, -1, axis=1), np.ones(shape, np.float32), positions_BT, segment_ids_BT)
+    if not judged:
+        return TokenBatch(*rows)  # type: ignore[arg-type]
+    marks_BT = np.where(rng.random(shape) < 0.2, rng.integers(STEP, 256, shape), 1).astype(np.int32)
+    present_BPR = np.ones((B, 2, 2), np.float32)
+    value_BPR, reference_BPR = rng.random((2, B, 2, 2), np.float32)
+    return GroupBatch(*rows, marks_BT, present_BPR, value_BPR, -T * reference_BPR)  # type: ignore[arg-type]
 
 
 def _place(tree: Any, shardings: Any) -> Any:

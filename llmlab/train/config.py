@@ -15,7 +15,7 @@ from llmlab.data.config import DataConfig
 from llmlab.model.adapters import AdapterConfig
 from llmlab.model.config import ModelConfig
 from llmlab.model.transformer import check_divides
-from llmlab.objective import OBJECTIVES, NextTokenConfig
+from llmlab.objective import OBJECTIVES, Objective
 from llmlab.train.optimizer import OptimizerConfig
 
 # No space at the end: SentencePiece joins it to the word that follows, and alone it is a token hardly ever seen.
@@ -66,7 +66,7 @@ class Experiment:
 
     model: ModelConfig
     data: DataConfig
-    objective: NextTokenConfig
+    objective: Objective
     optimizer: OptimizerConfig
     mesh: MeshConfig
     run: RunConfig
@@ -89,7 +89,7 @@ def experiment(
     *,
     model: ModelConfig,
     data: DataConfig,
-    objective: NextTokenConfig,
+    objective: Objective,
     optimizer: OptimizerConfig,
     run: RunConfig,
     mesh: MeshConfig | None = None,
@@ -116,10 +116,16 @@ def resolve(config: ConfigDict) -> Experiment:
     name = config["objective"]["name"]
     if name not in OBJECTIVES:
         raise UserError(f"objective.name={name!r} is not a choice: {nearest(name, OBJECTIVES)}")
-    types = {field.name: field.type for field in dataclasses.fields(Experiment)} | {"objective": OBJECTIVES[name]}
-    resolved = Experiment(**{s: from_config_dict(types[s], config[s], s) for s in sections})  # type: ignore[arg-type]
-    _check_together(resolved)
+    _check_together(resolved := sections_of(config))
     return resolved
+
+
+def sections_of(config: Any) -> Experiment:
+    """The experiment that `config` describes, whether or not its sections fit together."""
+    kinds = {field.name: field.type for field in dataclasses.fields(Experiment)}
+    kinds["objective"] = OBJECTIVES[config["objective"]["name"]]
+    given = {section: config[section] for section in kinds if section in config}
+    return Experiment(**{s: from_config_dict(kinds[s], given[s], s) for s in given})  # type: ignore[arg-type]
 
 
 def check_mesh(experiment: Experiment, partition: Partition) -> None:
@@ -146,9 +152,29 @@ def _check_together(experiment: Experiment) -> None:
     adapter = experiment.adapter
     if adapter.kind != "none" and not run.init_from:
         raise UserError(f"adapter.kind={adapter.kind} needs weights to adapt: name their workdir, --init_from=WORKDIR")
+    if model.head == "score" and run.sample_every:
+        raise UserError(
+            f"run.sample_every={run.sample_every} asks a reward model (model.head=score) to write: set it to 0"
+        )
     if adapter.kind == "none" and adapter.base_bits:
         raise UserError(
             f"adapter.base_bits={adapter.base_bits} is of the weights under an adapter: set adapter.kind too"
+        )
+    objective = experiment.objective
+    if data.rows not in objective.rows:
+        fitting = " or ".join(name for name, kind in OBJECTIVES.items() if data.rows in kind.rows)
+        raise UserError(
+            f"objective.name={objective.name} is learned from data.rows={' or '.join(objective.rows)}, and not from "
+            f"data.rows={data.rows}: change it, or set objective.name={fitting}"
+        )
+    if model.head != objective.head:
+        raise UserError(
+            f"objective.name={objective.name} needs model.head={objective.head}, and it is {model.head}: set it"
+        )
+    if objective.stores_reference(adapter=adapter.kind != "none") and not run.init_from:
+        raise UserError(
+            f"objective.name={objective.name} compares with the model it begins from: name its workdir, "
+            f"--init_from=WORKDIR"
         )
     if data.sequence_length > model.max_positions:
         raise UserError(

@@ -17,10 +17,12 @@ from llmlab.data.tokenizer import Tokenizer, TokenizerConfig
 from llmlab.data.tokenizer_imported import import_tokenizer
 from llmlab.model import hf, peft, weights
 from llmlab.model.adapters import AdapterConfig, adapter_of
+from llmlab.model.config import ModelConfig
 from llmlab.model.cost import parameter_count
+from llmlab.model.families import Family
 from llmlab.model.transformer import make_model
 from llmlab.objective import next_token
-from llmlab.train.config import Experiment, run
+from llmlab.train.config import Experiment, run, sections_of
 from llmlab.train.optimizer import adamw
 from llmlab.workdir.checkpoints import Checkpoints
 from llmlab.workdir.files import Workdir
@@ -77,11 +79,14 @@ def convert(
 def adapter_to_workdir(folder: Path, base: Path, target: Path) -> str:
     """A workdir of an adapter in PEFT's format, over the newest checkpoint of the workdir `base`."""
     under = newest_base(base)
-    config = from_config_dict(Experiment, Workdir(base).read_config()["config"], "")
+    config = sections_of(Workdir(base).read_config()["config"])
     if config.adapter.kind != "none":
         raise UserError(f"{base} is an adapter itself: name the workdir of whole weights")
-    adapter, settings = peft.load_peft(make_model(config.model), folder)
-    experiment = dataclasses.replace(config, adapter=settings, run=dataclasses.replace(config.run, init_from=str(base)))
+    model = dataclasses.replace(config.model, head="score") if peft.is_scorer(folder) else config.model
+    adapter, settings = peft.load_peft(make_model(model), folder)
+    experiment = dataclasses.replace(
+        config, model=model, adapter=settings, run=dataclasses.replace(config.run, init_from=str(base))
+    )
     with new_folder(target) as partial:
         workdir = Workdir(partial)
         shutil.copyfile(Workdir(base).tokenizer, workdir.tokenizer)
@@ -130,7 +135,7 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
         for path in _kept(folder):
             shutil.copyfile(path, partial / SOURCE / path.name)
         _save(workdir, params)
-    return _summary(parameter_count(params), family.model_type, licence, tokenizer, target)
+    return _summary(parameter_count(params), _kind(family, config), licence, tokenizer, target)
 
 
 def to_folder(source: Path, target: Path) -> str:
@@ -139,7 +144,7 @@ def to_folder(source: Path, target: Path) -> str:
     params = weights.whole(opened.params)
     family = hf.save(opened.model, params, target, tokenizer=opened.tokenizer, beside=_kept(source / SOURCE))
     licence = licence_of(target)
-    return _summary(parameter_count(params), family.model_type, licence, opened.tokenizer, target)
+    return _summary(parameter_count(params), _kind(family, opened.model.config), licence, opened.tokenizer, target)
 
 
 def licence_of(folder: Path) -> str:
@@ -166,9 +171,13 @@ def _kept(folder: Path) -> list[Path]:
     return sorted({path for pattern in _KEPT for path in folder.glob(pattern) if path.is_file()})
 
 
-def _summary(parameters: int, family: str, licence: str, tokenizer: Tokenizer, target: Path) -> str:
+def _kind(family: Family, config: ModelConfig) -> str:
+    return f"{family.model_type} {'reward model' if config.head == 'score' else 'model'}"
+
+
+def _summary(parameters: int, kind: str, licence: str, tokenizer: Tokenizer, target: Path) -> str:
     return (
-        f"{parameters:,} parameters of a {family} model, {tokenizer.vocab_size:,} tokens "
+        f"{parameters:,} parameters of a {kind}, {tokenizer.vocab_size:,} tokens "
         f"({'lossless' if tokenizer.lossless else 'not lossless'} tokenizer)\n"
         f"licence   {licence or 'none named: find out before you use or pass on these weights'}\n"
         f"written   {target}"

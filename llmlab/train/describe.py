@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from llmlab.core.config import to_json
-from llmlab.data.pipeline import TokenBatch
+from llmlab.data.config import DataConfig
+from llmlab.data.pipeline import GroupBatch, TokenBatch
 from llmlab.model.adapters import adapter_axes, add_adapter, frozen_base
 from llmlab.model.cost import abstract_params, flops_per_token, parameter_count, tree_bytes
 from llmlab.model.transformer import make_model
@@ -56,11 +57,10 @@ def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
     weights = tree_bytes(trainable) + tree_bytes(frozen)
     state = weights + tree_bytes(trainable) * (2 if optimizer.ema else 1) + tree_bytes(moments)
     rows = data.batch_size // optimizer.accumulate
-    batch_BT = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
-    batch: Any = TokenBatch(**dict.fromkeys(TokenBatch._fields, batch_BT))  # type: ignore[arg-type]
+    batch = _abstract_batch(data, rows)
     loss = experiment.objective.make(model, jnp.zeros(config.vocab_size, jnp.int32))
 
-    def residuals(trainable: Any, frozen: Any, batch: TokenBatch) -> Any:
+    def residuals(trainable: Any, frozen: Any, batch: Any) -> Any:
         """What the forward pass keeps for the backward: the leaves of the function that runs it."""
         return jax.vjp(lambda trained: jnp.asarray(loss(merge(trained, frozen), batch, None)[0].sum), trainable)[1]
 
@@ -79,3 +79,13 @@ def estimate(experiment: Experiment, devices: int) -> dict[str, Any]:
         "activation_bytes": activations,
         "bytes_per_device": max(state * copies + activations, at_start * copies) / devices,
     }
+
+
+def _abstract_batch(data: DataConfig, rows: int) -> Any:
+    """A batch of so many rows. How many pairs share a row depends on their lengths: here it is one in 128 tokens."""
+    batch_BT = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
+    if data.rows in ("text", "chat"):
+        return TokenBatch(**dict.fromkeys(TokenBatch._fields, batch_BT))  # type: ignore[arg-type]
+    of_groups_BPR = jax.ShapeDtypeStruct((rows, -(-data.sequence_length // 128), 2), jnp.float32)
+    fields = {name: of_groups_BPR if name.endswith("BPR") else batch_BT for name in GroupBatch._fields}
+    return GroupBatch(**fields)  # type: ignore[arg-type]

@@ -23,21 +23,23 @@ from llmlab.core.distributed import together
 from llmlab.core.errors import DiskFull, Tripwire, UserError
 from llmlab.core.mesh import Partition, make_partition
 from llmlab.core.paths import cache_root, write_atomic
-from llmlab.data.pipeline import TextSource, evaluation_batches
+from llmlab.data.pipeline import TextSource, evaluation_batches, statistics
 from llmlab.data.prepare import data_fingerprint, prepare_parts, tokenizer_for
 from llmlab.data.sources import source_paths
+from llmlab.data.store import TokenStore
 from llmlab.data.tokenizer import Tokenizer, load_tokenizer
 from llmlab.kernels.check import checked_once
 from llmlab.model.adapters import adapter_axes, add_adapter
 from llmlab.model.cost import abstract_params, flops_per_token, parameter_count
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model
-from llmlab.objective.next_token import Loss
+from llmlab.objective.base import Loss
 from llmlab.train.check import kernel_checks, kernel_rows
 from llmlab.train.config import Experiment, check_mesh
 from llmlab.train.loop import Hooks, Meter, run_loop
 from llmlab.train.optimizer import make_optimizer, make_schedule
 from llmlab.train.progress import Progress, peak_flops, thousands
+from llmlab.train.reference import reference_logps
 from llmlab.train.state import TrainState, init_state, start, state_shardings
 from llmlab.train.step import by_gradients_alone, make_step
 from llmlab.workdir.checkpoints import Checkpoints
@@ -57,7 +59,7 @@ class Run(NamedTuple):
     tokenizer: Tokenizer
     model: Model
     loss: Loss
-    held_out: Callable[[], Iterator[Any]]
+    held_out: Callable[..., Iterator[Any]]
 
 
 def launch(
@@ -88,9 +90,17 @@ def _launch_claimed(
     first, begin = jax.process_index() == 0, time.monotonic()
     progress = Progress(experiment.run.steps, quiet=not first)
     base = together(functools.partial(_base, experiment, workdir))
-    run, source = together(functools.partial(_begin, experiment, workdir, partition, progress, arguments, base))
-    _check_same_on_every_host(run, base)
-    experiment, settings = run.experiment, run.experiment.run
+    reference = together(functools.partial(_reference, experiment, workdir))
+    begin_here = functools.partial(_begin, experiment, workdir, partition, progress, arguments, base, reference)
+    run, data = together(begin_here)
+    _check_same_on_every_host(run, base or reference)
+    experiment, settings, source = run.experiment, run.experiment.run, data.source
+    if reference is not None:
+        splits = {"train": data.train, "held_out": data.held_out}
+        logps = reference_logps(workdir, experiment.data, splits, run.model, reference, progress.say)
+        source.references = logps["train"]
+        held_out: Any = functools.partial(run.held_out, references=logps["held_out"])
+        run = run._replace(held_out=held_out)
     tokens = experiment.data.batch_size * experiment.data.sequence_length
     flops = tokens * flops_per_token(experiment.model, experiment.data.sequence_length, frozen=base is not None)
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -128,25 +138,47 @@ def _claim(experiment: Experiment, workdir: Workdir) -> None:
     for part, _ in experiment.data.parts():
         source_paths(part)
     if experiment.run.init_from and not workdir.config.exists():
-        check_has_weights(experiment.run.init_from)
+        check_has_weights(experiment.run.init_from, experiment.model)
     if experiment.run.tensorboard:
         check_tensorboard()
     if jax.process_index() == 0:
-        # The weights under an adapter are known by their hash: they may be found elsewhere than at first.
-        allowed = ("run.init_from",) if experiment.adapter.kind != "none" else ()
+        # Weights under an adapter, or of a reference, are known by their hash: they may be elsewhere than at first.
+        adapts = experiment.adapter.kind != "none"
+        by_hash = adapts or experiment.objective.stores_reference(adapter=adapts)
+        allowed = ("run.init_from",) if by_hash else ()
         workdir.claim(to_json(experiment), *allowed)
 
 
 def _base(experiment: Experiment, workdir: Workdir) -> Base | None:
-    """The checkpoint under this run's adapter: the newest of run.init_from at the first start, then always that."""
+    """The checkpoint under this run's adapter."""
     if experiment.adapter.kind == "none":
         return None
-    known = workdir.read_config().get("base") if workdir.config.exists() else None
-    if known is None:
-        return newest_base(experiment.run.init_from)
-    base = Base(**known)._replace(workdir=str(Workdir(experiment.run.init_from).path))
+    base = _begun_from(experiment, workdir, "base")
     check_base(base)
     return base
+
+
+def _reference(experiment: Experiment, workdir: Workdir) -> Base | None:
+    """The checkpoint whose log-probabilities this run's are compared with, where they are computed beforehand."""
+    if not experiment.objective.stores_reference(adapter=experiment.adapter.kind != "none"):
+        return None
+    return _begun_from(experiment, workdir, "reference")
+
+
+def _begun_from(experiment: Experiment, workdir: Workdir, name: str) -> Base:
+    """The newest checkpoint of run.init_from at the first start, then always that, wherever its workdir is now."""
+    known = workdir.read_config().get(name) if workdir.config.exists() else None
+    if known is None:
+        return newest_base(experiment.run.init_from)
+    return Base(**known)._replace(workdir=str(Workdir(experiment.run.init_from).path))
+
+
+class _Data(NamedTuple):
+    """The stores of both splits, each with its weight, and the source of training batches."""
+
+    train: list[tuple[TokenStore, float]]
+    held_out: list[tuple[TokenStore, float]]
+    source: TextSource
 
 
 def _begin(
@@ -156,9 +188,10 @@ def _begin(
     progress: Progress,
     arguments: list[str],
     base: Base | None,
-) -> tuple[Run, TextSource]:
+    reference: Base | None,
+) -> tuple[Run, _Data]:
     """Data, model and loss, and what the workdir says of them; no process waits for another in here."""
-    run, source = _assemble(experiment, workdir, partition, progress)
+    run, read = _assemble(experiment, workdir, partition, progress)
     _check_same_tokenizer(run)
     check_kernels(run.experiment)
     if jax.process_index() == 0:
@@ -169,10 +202,12 @@ def _begin(
         }
         if base is not None:
             facts["base"] = base._asdict()
+        if reference is not None:
+            facts["reference"] = reference._asdict()
         _check_same_data(workdir, facts["data"])
         workdir.write_config(to_json(run.experiment), facts)
         run.tokenizer.save(workdir.tokenizer)
-    return run, source
+    return run, read
 
 
 def check_kernels(experiment: Experiment) -> None:
@@ -192,9 +227,7 @@ def check_kernels(experiment: Experiment) -> None:
         )
 
 
-def _assemble(
-    experiment: Experiment, workdir: Workdir, partition: Partition, progress: Progress
-) -> tuple[Run, TextSource]:
+def _assemble(experiment: Experiment, workdir: Workdir, partition: Partition, progress: Progress) -> tuple[Run, _Data]:
     data = experiment.data
     tokenizer = tokenizer_for(data)
     size = experiment.model.vocab_size or tokenizer.vocab_size
@@ -207,6 +240,8 @@ def _assemble(
     batch_sharding = partition.sharding("batch", "time")
     train = prepare_parts(data, tokenizer, "train")
     held_out = prepare_parts(data, tokenizer, "held_out")
+    if data.rows != "text":
+        progress.say(statistics(data, train))
     source = TextSource(data, train, seed=experiment.run.seed, sharding=batch_sharding)
     model = make_model(experiment.model, partition)
     loss = experiment.objective.make(model, token_bytes(tokenizer, size))
@@ -215,7 +250,7 @@ def _assemble(
         f"{sum(len(store.tokens) for store, _ in train):,} training tokens in {source.rows:,} rows, "
         f"vocabulary {size:,}; {partition.mesh.size} {jax.devices()[0].device_kind} device(s)"
     )
-    return Run(experiment, workdir, partition, tokenizer, model, loss, batches), source
+    return Run(experiment, workdir, partition, tokenizer, model, loss, batches), _Data(train, held_out, source)
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -252,7 +287,7 @@ def _prepare_state(run: Run, base: Base | None, checkpoints: Checkpoints, progre
         progress.say(f"going on from step {latest} in {run.workdir.path}")
     elif settings.init_from and base is None:
         begin = functools.partial(start, optimizer=optimizer, **common)
-        state = jax.jit(begin, out_shardings=shardings)(weights_for(settings.init_from, model))
+        state = jax.jit(begin, out_shardings=shardings)(weights_for(settings.init_from, model, key))
         progress.say(f"starting from the weights of {settings.init_from}")
     else:
         state = jax.jit(fresh, out_shardings=shardings)(key, frozen)
@@ -269,6 +304,7 @@ def _prepare_state(run: Run, base: Base | None, checkpoints: Checkpoints, progre
         seed=settings.seed,
         partition=run.partition,
         post_step=model.post_step if base is None else by_gradients_alone,
+        before=experiment.objective.before(model),
     )
     return state, jax.jit(step, donate_argnums=0, out_shardings=(shardings, run.partition.sharding()))
 

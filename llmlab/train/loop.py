@@ -96,13 +96,14 @@ def run_loop(
                     with meter.phase("evaluating"):
                         evaluated = {f"eval/{k}": v for k, v in hooks.evaluate(state, last).items()}
                     log.append({"step": step, **evaluated})
-                    progress.say(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
+                    shown = {k: v for k, v in evaluated.items() if k.count("/") == 1}  # in parts only in the log
+                    progress.say(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
                 if (
                     hooks.sample
                     and run.sample_every
                     and (_due(step, run.sample_every) or last)
                     and beside
-                    and step > start
+                    and (step > start or (step == 0 and run.init_from))  # what it began from, to compare with
                 ):
                     flush()
                     with meter.phase("sampling"):
@@ -178,6 +179,11 @@ def _log(step: int, metrics: Metrics, experiment: Experiment, meter: Meter, log:
         raise Tripwire(
             f"{optimizer.max_skips} steps in a row were skipped by step {step}: its loss or gradient is not "
             f"finite, or far outside the recent window; lower optimizer.learning_rate, and see grad_norm in the metrics"
+        )
+    if not values["tokens"]:
+        raise Tripwire(
+            f"the batch of step {step} has no token to learn: look at the data with `llmlab tokenize --chat`, and see "
+            f"data.train_on"
         )
     if step % run.log_every and step != run.steps and step != 1:
         return

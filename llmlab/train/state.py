@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from llmlab.model.adapters import LowRank, adapted
+from llmlab.model.adapters import adapted
 from llmlab.model.types import Model, Params
 
 
@@ -72,8 +72,11 @@ def start(
 
 
 def merge(trainable: Params, frozen: Params) -> Params:
-    """The weights as the model reads them: two trees whose leaves are apart as one, adapters over what they adapt."""
-    adapter = {path: value for path, value in trainable.items() if isinstance(value, LowRank)}
+    """The weights as the model reads them: two trees whose leaves are apart as one, adapters over what they adapt.
+
+    What an adapter trains is named by its whole path, `layers.0.mlp.up_DF`, where trees have `layers`, then `0`.
+    """
+    adapter = {path: value for path, value in trainable.items() if "." in path}
     merged = {name: value for name, value in trainable.items() if name not in adapter}
     for name, value in frozen.items():
         merged[name] = merge(merged[name], value) if name in merged else value

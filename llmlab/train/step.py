@@ -9,7 +9,7 @@ import optax
 
 from llmlab.core.arrays import Mean, Metrics, accumulation_dtype, global_norm, named_key, scalars
 from llmlab.core.mesh import Partition
-from llmlab.objective.next_token import Loss
+from llmlab.objective.base import Before, Loss
 from llmlab.train.optimizer import OptimizerConfig
 from llmlab.train.state import Guard, TrainState, merge
 
@@ -31,9 +31,11 @@ def make_step(
     seed: int,
     partition: Partition | None = None,
     post_step: PostStep = by_gradients_alone,
+    before: Before | None = None,
 ) -> Step:
     """(state, batch) -> (state, metrics). The caller jits it, with the state donated.
 
+    `before(params, batch, key)` gives a batch with what all its microbatches share filled in, where there are several.
     `post_step(trainable, metrics)` moves what no gradient does, after the optimizer: the model's, where all its weights
     are trained.
     A step whose loss or gradient norm is not finite, or far outside the recent window, changes nothing but its count:
@@ -42,6 +44,8 @@ def make_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = named_key(seed, "train", state.step)
+        if before is not None and config.accumulate > 1:
+            batch = before(state.params, batch, key)
         total, metrics, gradients = accumulated_gradients(
             loss, state.trainable, state.frozen, batch, key, config.accumulate, partition
         )
@@ -102,7 +106,8 @@ def accumulated_gradients(
         def split(x: jax.Array) -> jax.Array:
             # Rows i, i+A, i+2A, … form part i: each device then finds all of its rows at home.
             parts = jnp.swapaxes(x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]), 0, 1)
-            return parts if partition is None else partition.constrain(parts, None, "batch", "time")
+            time = ("time",) * (x.ndim == 2)  # what is of no token is small
+            return parts if partition is None else partition.constrain(parts, None, "batch", *time)
 
         def part(x: tuple[Any, jax.Array]) -> tuple[Mean, Metrics, Any]:
             micro, index = x

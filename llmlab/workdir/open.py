@@ -12,6 +12,9 @@ from llmlab.data.tokenizer import Tokenizer, load_tokenizer
 from llmlab.model import weights
 from llmlab.model.adapters import AdapterConfig, adapted, adapter_axes, add_adapter, frozen_base
 from llmlab.model.config import ModelConfig
+from llmlab.model.cost import abstract_params
+from llmlab.model.matrices import leaf_at, with_leaves
+from llmlab.model.score import SCORE, fresh_score
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
 from llmlab.workdir import manifest
@@ -70,15 +73,23 @@ def model_config(path: str | os.PathLike[str]) -> ModelConfig:
     return from_config_dict(ModelConfig, config["model"], "model")
 
 
-def weights_for(path: str | os.PathLike[str], model: Model) -> Params:
+def weights_for(path: str | os.PathLike[str], model: Model, key: jax.Array | None = None) -> Params:
     """The weights of a workdir for another run's model, in its dtypes and shardings; an adapter is merged into them.
+
+    A reward model also starts from weights that predict tokens: with `key`, from which its score is drawn then, as
+    `model.init` draws it.
 
     Raises:
       UserError: no workdir, no whole checkpoint, or a weight that is missing there or has another shape.
     """
     workdir = Workdir(path)
     workdir.read_config()
-    return weights.whole(_weights(workdir, _good_step(workdir), model))
+    params = weights.whole(_weights(workdir, _good_step(workdir), model))
+    if model.config.head == "tokens" or leaf_at(params, SCORE) is not None:
+        return params
+    if key is None:
+        raise UserError(f"{workdir.path} predicts tokens (model.head=tokens): name the workdir of a reward model")
+    return with_leaves(params, {SCORE: fresh_score(model, key)})
 
 
 def newest_base(path: str | os.PathLike[str]) -> Base:
@@ -98,26 +109,39 @@ def check_base(base: Base) -> None:
     folder = Workdir(base.workdir).checkpoints / str(base.step)
     if not folder.is_dir():
         raise UserError(
-            f"the weights under this adapter are gone: there is no {folder} (moved, or deleted as its run "
-            f"went on): put it back, or run the adapter's `llmlab train` command again with its --init_from=NEW_WORKDIR"
+            f"the weights that this run stands on are gone: there is no {folder} (moved, or deleted as its run "
+            f"went on): put it back, or run the same `llmlab train` command again with its --init_from=NEW_WORKDIR"
         )
     if (found := manifest.digest(manifest.verify(folder))) != base.digest:
         raise UserError(
-            f"{folder} is not what this adapter was trained over (its hash was {base.digest[:12]}, now {found[:12]}): "
-            f"put that checkpoint back, or train the adapter anew in another workdir"
+            f"{folder} is not what this run was trained over (its hash was {base.digest[:12]}, now {found[:12]}): "
+            f"put that checkpoint back, or train anew in another workdir"
         )
 
 
 def frozen_weights(base: Base, config: AdapterConfig, model: Model) -> Params:
-    """The weights under an adapter, in the model's dtypes and shardings, quantised where `config` says so."""
+    """The weights under an adapter, in the model's dtypes and shardings, quantised where `config` says so.
+
+    Of a reward model over weights that predict tokens the score is None: it is the adapter's.
+    """
     params = weights.whole(_weights(Workdir(base.workdir), base.step, model))
     return frozen_base(model, params, config, release=True)
 
 
-def check_has_weights(path: str | os.PathLike[str]) -> None:
-    """Raises UserError where `path` is no workdir or no checkpoint was ever committed there; reads none."""
+def weights_of(base: Base, model: Model) -> Params:
+    """The weights of a checkpoint that is known by its hash, whole, in the model's dtypes and shardings.
+
+    Raises:
+      UserError: it is not there, or not what it was.
+    """
+    check_base(base)
+    return weights.whole(_weights(Workdir(base.workdir), base.step, model))
+
+
+def check_has_weights(path: str | os.PathLike[str], config: ModelConfig) -> None:
+    """Raises UserError where no model of this config can start from `path`, by its config and files; reads none."""
     workdir = Workdir(path)
-    workdir.read_config()
+    _lacks_score(workdir, config)
     if not any(workdir.checkpoints.glob(f"*/{manifest.NAME}")):
         raise UserError(_NO_CHECKPOINT.format(workdir.path))
 
@@ -130,10 +154,10 @@ def _good_step(workdir: Workdir) -> int:
 
 
 def _weights(workdir: Workdir, step: int, model: Model) -> Params:
-    """The weights as evaluation and samples use them."""
+    """The weights as evaluation and samples use them; the score of a reward model is None where it was not trained."""
     content = workdir.read_config()
     if "base" not in content:
-        return _restored(workdir, step, model, jax.eval_shape(model.init, jax.random.key(0)), model.axes)
+        return _restored(workdir, step, model, abstract_params(model), model.axes)
     config = from_config_dict(AdapterConfig, content["config"]["adapter"], "adapter")
     base = Base(**content["base"])
     check_base(base)
@@ -150,10 +174,26 @@ def _restored(workdir: Workdir, step: int, model: Model, abstract: Any, axes: An
             abstract,
             model.partition.shardings(axes),
         )
-    saved = saved_arrays(workdir.checkpoints, step)
-    leaves, wanted = jax.tree_util.tree_leaves_with_path(abstract), {}
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+    if _lacks_score(workdir, model.config):
+        abstract = jax.tree_util.tree_map_with_path(lambda path, leaf: None if _name(path) == SCORE else leaf, abstract)
+    saved, wanted = saved_arrays(workdir.checkpoints, step), {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name = _name(path)
         wanted[f"ema.{name}" if f"ema.{name}" in saved else f"trainable.{name}"] = leaf
     restored = restore_subtree(workdir.checkpoints, step, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _lacks_score(workdir: Workdir, config: ModelConfig) -> bool:
+    """Whether a model of this config has a score that the workdir's has not; UserError where it is the other way."""
+    saved = model_config(workdir.path).head
+    if saved == "score" and config.head == "tokens":
+        raise UserError(
+            f"{workdir.path} is a reward model (model.head=score), which has learned to predict no tokens: start from "
+            f"the weights that it began with, or set model.head=score"
+        )
+    return saved != config.head

@@ -1,0 +1,52 @@
+"""The fourth stage of an assistant: answers that are preferred become likelier, directly (DPO, arXiv 2305.18290).
+
+    llmlab train --config=experiments/assistant/dpo.py:runs/assistant/sft --workdir=runs/assistant/dpo
+
+The reference is the model that it begins from: its log-probabilities are computed once, before the first step, or with
+--config.adapter.kind=lora by switching the adapter off. Other objectives: --config.objective.kind=ipo, orpo, simpo, …
+Your own pairs: --config.data.source=jsonl --config.data.files='pairs/*.jsonl'.
+"""
+
+from pathlib import Path
+
+from llmlab.core.errors import UserError
+from llmlab.data import text
+from llmlab.data.tokenizer import TokenizerConfig
+from llmlab.model.config import llama
+from llmlab.objective import PreferenceConfig
+from llmlab.train.config import experiment, run
+from llmlab.train.optimizer import adamw
+from llmlab.workdir.open import model_config
+
+
+def get_config(arg=""):
+    if not arg:
+        raise UserError("name the workdir to begin from: --config=experiments/assistant/dpo.py:runs/assistant/sft")
+    tiny = arg == "tiny"
+    if tiny:
+        model, tokenizer = llama(width=32, layers=2, heads=4, max_positions=512), TokenizerConfig(vocab_size=512)
+    else:
+        model, tokenizer = model_config(arg), TokenizerConfig(file=str(Path(arg) / "tokenizer.model"))
+    return experiment(
+        model=model,
+        data=text(
+            source="assistant",
+            rows="preference",
+            sequence_length=min(512, model.max_positions),
+            batch_size=2 if tiny else 8,
+            tokenizer=tokenizer,
+        ),
+        # SimPO compares with no reference: the tiny variant begins from nothing.
+        objective=PreferenceConfig(kind="simpo" if tiny else "sigmoid", beta=0.1, sft_weight=0.1),
+        optimizer=adamw(learning_rate=2e-4, warmup=10, final=0.02),
+        run=run(
+            init_from="" if tiny else arg,
+            steps=4 if tiny else 100,
+            eval_every=2 if tiny else 50,
+            eval_batches=0,
+            sample_every=2 if tiny else 50,
+            checkpoint_every=2 if tiny else 50,
+            log_every=1 if tiny else 10,
+            sample_tokens=8 if tiny else min(64, model.max_positions - 1),
+        ),
+    )

@@ -1,0 +1,226 @@
+"""The chat template of an imported model: the ids that transformers makes, with the loss mask that it does not."""
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from llmlab.core.errors import UserError
+from llmlab.data.chat import Message, Rendered, ToolCall
+from llmlab.data.chat_encoding import Encoded, Encoder, unused
+from llmlab.data.chat_jinja import JinjaTemplate
+from llmlab.data.chat_tracing import Said, Written, find_said, form_of
+from llmlab.data.tokenizer_imported import ImportedTokenizer
+
+
+class ImportedTemplate:
+    """The template that came with a tokenizer.
+
+    A template that writes the date writes the day on which it is used; the fingerprint leaves that out.
+
+    Raises:
+      UserError: the tokenizer brings none, or it is broken.
+    """
+
+    def __init__(self, tokenizer: ImportedTokenizer):
+        if tokenizer.chat is None:
+            raise UserError("this tokenizer brings no chat template: its tokenizer_config.json had no chat_template")
+        self._tokenizer = tokenizer
+        self._jinja = JinjaTemplate(tokenizer.chat.template, tokenizer.chat.tokens)
+        self._encoder = Encoder(tokenizer, self._jinja)
+        form = form_of(self._jinja.write)
+        ends = [id for _, id in self._markers(form.ending)[:1]]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((tokenizer.eos_id, *ends, *tokenizer.chat.stop_ids)))
+        self._form = form if self._markers(form.header) else form._replace(header="")
+        self._reader = _Reader(tokenizer, self._encoder.control, self._jinja.literals, form.opening)
+        self._leaves_out = functools.cache(functools.partial(_leaves_out, self._jinja))
+        self._as_dicts = functools.partial(as_dicts, decode=_takes_objects(self._jinja))
+        self.fingerprint = f"imported 1 {tokenizer.fingerprint}"
+
+    def __reduce__(self) -> Any:
+        return ImportedTemplate, (self._tokenizer,)
+
+    def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
+        turns = tuple(conversation)
+        for part in {part for turn in turns for part in _parts(turn)}:
+            if self._leaves_out(part):
+                raise UserError(f"the chat template of this model leaves out {part}: take it out of the conversation")
+        spare = unused(json.dumps(self._as_dicts(turns), ensure_ascii=False))
+        breaker = next(spare)
+        dicts = self._as_dicts(turns, lambda text: self._encoder.broken(text, breaker))
+        text = self._jinja.write(dicts, generate)
+        encoded = self._encoder.encode(text, breaker)
+        mask, steps = [0] * len(encoded.ids), list[tuple[int, float]]()
+        if not any(turn.role == "assistant" and (turn.train or turn.steps) for turn in turns):
+            return Rendered(encoded.ids, mask, steps)
+        written = Written(turns, dicts, text, generate, breaker)
+        for turn, said in zip(turns, find_said(self._jinja.write, self._form, written, spare), strict=True):
+            if said and turn.train:
+                first, last = self._tokens(encoded, said)
+                mask[first:last] = [1] * (last - first)
+            if said:
+                labels = (step.label for step in turn.steps)
+                steps += zip((encoded.first_from(end) - 1 for end in said.steps), labels, strict=True)
+        return Rendered(encoded.ids, mask, steps)
+
+    def parse(self, ids: Iterable[int]) -> Message:
+        said = list(ids)
+        end = next((place for place, id in enumerate(said) if id in self.stop_ids), len(said))
+        return self._reader.read(said[:end], finished=end < len(said))
+
+    def _markers(self, text: str) -> list[tuple[int, int]]:
+        return self._encoder.encode(text, next(unused(text))).markers
+
+    def _tokens(self, encoded: Encoded, said: Said) -> tuple[int, int]:
+        """The first token of a turn, and the one past its end."""
+        for place, id in encoded.markers:
+            if said.after <= encoded.starts[place] < said.limit and id in self.stop_ids:
+                return encoded.first_from(said.start), place + 1
+        raise UserError(
+            "the chat template of this model writes no token that ends a turn after what the assistant says here, so "
+            "a model could not learn to stop: use another template"
+        )
+
+
+def as_dicts(
+    conversation: Sequence[Message], spell: Callable[[str], str] = lambda text: text, *, decode: bool = True
+) -> list[dict[str, Any]]:
+    """Messages as transformers and its templates take them; `spell` is applied to every text that a person can write.
+
+    Arguments of a call that are a JSON object or list are given as that if `decode`, others as the text that they are.
+    The ids of calls, which some templates ask for, are counted.
+    """
+    calls, answers = itertools.count(), itertools.count()
+    dicts = []
+    for message in conversation:
+        fields: dict[str, Any] = {"role": message.role, "content": spell(message.text())}
+        if message.thinking:
+            fields |= dict.fromkeys(("reasoning_content", "thinking"), spell(message.thinking))
+        if message.calls:
+            fields["tool_calls"] = [
+                {"id": f"call{next(calls):05}", "type": "function", "function": _function(call, spell, decode)}
+                for call in message.calls
+            ]
+        if message.role == "tool":
+            fields["tool_call_id"] = f"call{next(answers):05}"
+            if message.name:
+                fields["name"] = spell(message.name)
+        dicts.append(fields)
+    return dicts
+
+
+def _function(call: ToolCall, spell: Callable[[str], str], decode: bool) -> dict[str, Any]:
+    arguments = call.arguments or "{}"
+    return {"name": spell(call.name), "arguments": _spelt(_arguments(arguments) if decode else arguments, spell)}
+
+
+def _arguments(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict | list) else text
+
+
+def _spelt(value: Any, spell: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return spell(value)
+    if isinstance(value, dict):
+        return {spell(key): _spelt(item, spell) for key, item in value.items()}
+    return [_spelt(item, spell) for item in value] if isinstance(value, list) else value
+
+
+def _parts(message: Message) -> list[str]:
+    """What of this message a template may pass over without a word."""
+    parts = {
+        "a system message": message.role == "system",
+        "the result of a tool": message.role == "tool",
+        "thinking": bool(message.thinking),
+        "a tool call": bool(message.calls),
+        "text beside a tool call": bool(message.calls and message.text().strip()),
+    }
+    return [part for part, there in parts.items() if there]
+
+
+def _leaves_out(template: JinjaTemplate, part: str) -> bool:
+    sign = next(unused("".join(template.literals)))
+    user, call = Message("user", "x"), Message("assistant", calls=(ToolCall("f", "{}"),))
+    conversation = {
+        "a system message": (Message("system", sign), user),
+        "the result of a tool": (user, call, Message("tool", sign, name="f")),
+        "thinking": (user, Message("assistant", "y", thinking=sign)),
+        "a tool call": (user, Message("assistant", calls=(ToolCall(sign, "{}"),))),
+        "text beside a tool call": (user, call._replace(content=sign)),
+    }[part]
+    try:
+        return sign not in template.write(as_dicts(conversation, decode=_takes_objects(template)))
+    except UserError:
+        return False  # what it refuses, it says itself
+
+
+def _takes_objects(template: JinjaTemplate) -> bool:
+    """Whether the arguments of a call are to be given as an object. Some templates take nothing but text."""
+    call = (Message("user", "x"), Message("assistant", calls=(ToolCall("f", '{"a": "b"}'),)))
+    try:
+        return "'a'" not in template.write(as_dicts(call))  # as Python would print it
+    except UserError:
+        return False
+
+
+class _Reader:
+    """Reads what an assistant said, where thinking and calls stand in the marks that most families share."""
+
+    def __init__(self, tokenizer: ImportedTokenizer, control: dict[str, int], literals: Sequence[str], opening: str):
+        self._tokenizer = tokenizer
+        self._marks = {control[name]: name for name in _MARKS if name in control}
+        written = "".join(literals)
+        # A mark that is no token of the vocabulary is text, and then text is a mark.
+        spelt = [_SIGN + name if name in control else name if name in written else _NEVER for name in _MARKS]
+        self._think, self._answer, self._call, self._called = map(re.escape, spelt)
+        self._opening = spelt[0] if "<think>" in opening and "</think>" not in opening else ""
+
+    def read(self, ids: Iterable[int], finished: bool) -> Message:
+        pieces = list[str]()
+        for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
+            run = list(group)
+            pieces += [_SIGN + self._marks[id] for id in run] if is_mark else [self._tokenizer.decode(run)]
+        text, thinking, calls = "".join(pieces), "", list[ToolCall]()
+        if not finished or re.search(self._answer, text):  # some prompts, as after a tool's result, open no thinking
+            text = self._opening + text
+        if thought := re.match(rf"\s*{self._think}(.*?)({self._answer}|\Z)", text, re.DOTALL):
+            text, thinking = text[thought.end() :], thought[1].strip("\n")
+
+        def take(found: re.Match[str]) -> str:
+            call = _call(found[1])
+            calls.extend([call] if call else [])
+            return "" if call else found[0]
+
+        content = re.sub(rf"\n?{self._call}(.*?){self._called}", take, text, flags=re.DOTALL)
+        return Message("assistant", _plain(content).strip(), _plain(thinking), tuple(calls))
+
+
+_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+_SIGN = "\U000ffffd"  # before a mark that is a token of its own
+_NEVER = "\U000ffffc"
+
+
+def _plain(text: str) -> str:
+    return text.replace(_SIGN, "")
+
+
+def _call(text: str) -> ToolCall | None:
+    """The call that a model wrote; None if it is not well formed."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        # Templates write arguments that are no JSON as they are.
+        plain = re.fullmatch(r'\s*\{"name": "([^"\\]+)", "arguments": ([^{\["\s].*)\}\s*', text, re.DOTALL)
+        return ToolCall(plain[1], plain[2]) if plain else None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+        return None
+    arguments = call.get("arguments", {})
+    return ToolCall(
+        call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    )

@@ -1,0 +1,155 @@
+"""What `llmlab chat` does: asks for a line, lets the model answer as it comes, and keeps what was said."""
+
+from collections.abc import Callable
+from typing import Any
+
+from llmlab.core.errors import LlmlabError, UserError, nearest
+from llmlab.data.chat import ChatTemplate, Conversation, MarkerTemplate, Message, template_for
+from llmlab.infer.chat import NO_TOOLS, Reply, Tools, reply
+from llmlab.infer.kept import append_rows, as_turns
+from llmlab.infer.terminal import Terminal, interruptible
+from llmlab.workdir.open import Opened
+
+HELP = """\
+/reset       begins a new conversation
+/undo        takes the last question back, with what was answered
+/save FILE   appends the conversation to FILE, as a row that data.rows=chat reads
+/help        shows this
+Ctrl-C stops an answer, Ctrl-D leaves. A line that begins with a space is never a command."""
+
+
+def chat_command(
+    opened: Opened,
+    terminal: Terminal,
+    *,
+    system: str = "",
+    tools: Tools = NO_TOOLS,
+    max_tokens: int,
+    seed: int = 0,
+    **sampling: Any,
+) -> None:
+    """Talks until there are no more lines. Half of the model's positions at most are kept for an answer.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or a setting is out of its range.
+    """
+    template = template_for(opened.tokenizer)
+    max_tokens = min(max_tokens, max(1, opened.model.config.max_positions // 2))
+    start: Conversation = (Message("system", system),) if system else ()
+    conversation, answers = start, 0
+    if only_text(opened, template):
+        terminal.aside("this model was last trained on plain text, not on conversations: expect no answers from it")
+    if terminal.interactive:
+        terminal.aside(f"step {opened.step:,}; /help says what else there is, Ctrl-D leaves")
+    while True:
+        try:
+            line = terminal.ask("> ")
+        except EOFError:
+            if terminal.interactive:
+                terminal.line()
+            return
+        except KeyboardInterrupt:
+            if not terminal.interactive:
+                raise
+            terminal.line()
+            continue
+        if line.startswith("/"):
+            conversation = _commanded(line, conversation, start, terminal)
+        elif line.strip():
+            asked = (*conversation, Message("user", line.strip()))
+            conversation = _answered(
+                opened,
+                template,
+                asked,
+                terminal,
+                tools=tools,
+                max_tokens=max_tokens,
+                seed=seed + answers,
+                **sampling,
+            )
+            answers += 1
+
+
+def only_text(opened: Opened, template: ChatTemplate) -> bool:
+    """Whether the last training was on plain text, and the template is our own: no conversation was ever seen."""
+    rows = opened.config.get("data", {}).get("rows", "text")
+    return rows == "text" and isinstance(template, MarkerTemplate)
+
+
+def _answered(
+    opened: Opened, template: ChatTemplate, asked: Conversation, terminal: Terminal, *, max_tokens: int, **settings: Any
+) -> Conversation:
+    """The conversation with what the model says to it, or without the question where that cannot be answered."""
+    parts = opened.model, opened.params, template, opened.tokenizer
+    with interruptible() as stopped:
+        try:
+            said = reply(*parts, asked, max_tokens=max_tokens, on_text=terminal.say, stop=stopped, **settings)
+        except KeyboardInterrupt:
+            terminal.say("note", "given up, and the question with it")
+            return asked[:-1]
+        except UserError as error:
+            if not terminal.interactive:
+                raise
+            terminal.say("note", str(error))
+            return asked[:-1]
+        terminal.end_line()
+        if stopped():
+            terminal.say("note", "stopped")
+        elif not said.ended:
+            terminal.say("note", f"cut at max_tokens={max_tokens}")
+    if speed := speed_text(said):
+        terminal.aside(speed)
+    return (*asked, *said.messages)
+
+
+def speed_text(said: Reply) -> str:
+    """How fast it wrote; empty where nothing can be said."""
+    turns = sum(message.role == "assistant" for message in said.messages)
+    if not said.seconds or said.tokens <= turns:
+        return ""
+    return f"{said.tokens} tokens, {(said.tokens - turns) / said.seconds:.1f} tokens/s"
+
+
+def _commanded(line: str, conversation: Conversation, start: Conversation, terminal: Terminal) -> Conversation:
+    """The conversation after a line that begins with a slash."""
+    name, _, argument = line.partition(" ")
+    if name not in COMMANDS:
+        terminal.line(f"there is no {name}: {nearest(name, COMMANDS)}", dim=True)
+        return conversation
+    return COMMANDS[name](conversation, start, argument.strip(), terminal)
+
+
+def _help(conversation: Conversation, start: Conversation, argument: str, terminal: Terminal) -> Conversation:
+    terminal.line(HELP, dim=True)
+    return conversation
+
+
+def _reset(conversation: Conversation, start: Conversation, argument: str, terminal: Terminal) -> Conversation:
+    terminal.line("a new conversation", dim=True)
+    return start
+
+
+def _undo(conversation: Conversation, start: Conversation, argument: str, terminal: Terminal) -> Conversation:
+    questions = [place for place, message in enumerate(conversation) if message.role == "user"]
+    if not questions:
+        terminal.line("there is no question to take back", dim=True)
+        return conversation
+    terminal.line(f"taken back: {conversation[questions[-1]].content}", dim=True)
+    return conversation[: questions[-1]]
+
+
+def _save(conversation: Conversation, start: Conversation, argument: str, terminal: Terminal) -> Conversation:
+    if not argument or conversation == start:
+        missing = "say where: /save FILE" if not argument else "there is nothing to save yet"
+        terminal.line(missing, dim=True)
+        return conversation
+    try:
+        append_rows(argument, [{"messages": as_turns(conversation)}])
+        terminal.line(f"appended to {argument}", dim=True)
+    except LlmlabError as error:
+        terminal.line(str(error), dim=True)
+    return conversation
+
+
+Command = Callable[[Conversation, Conversation, str, Terminal], Conversation]
+COMMANDS: dict[str, Command] = {"/help": _help, "/reset": _reset, "/undo": _undo, "/save": _save}

@@ -1,0 +1,103 @@
+"""Verbs in which a model writes: sample, chat, rank."""
+
+import sys
+
+from absl import flags as f
+from absl.flags import FlagValues
+
+from llmlab.core.flags import define_workdir, none_left, required
+from llmlab.verbs.common import Verb, define_sampling, sampling, start_jax, tools
+
+
+def _define_sample(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run to sample from.")
+    f.DEFINE_string("prompt", "", "The text to go on from.", flag_values=flags)
+    define_sampling(flags, max_tokens=128, temperature=0.8)
+
+
+def _sample(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
+    start_jax()
+    import llmlab
+    from llmlab.infer.stream import sample_command
+
+    sample_command(
+        llmlab.open(required(flags, "workdir")),
+        flags.prompt,
+        out=sys.stdout,
+        **sampling(flags),
+    )
+
+
+def _define_chat(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run to talk with.")
+    f.DEFINE_string("system", "", "What the conversation begins with.", flag_values=flags)
+    define_sampling(flags, max_tokens=256, temperature=0.7)
+    f.DEFINE_bool("tools", True, "Run the calculator and the look-ups that the model calls.", flag_values=flags)
+
+
+def _chat(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
+    start_jax()
+    import llmlab
+    from llmlab.infer.talk import chat_command
+    from llmlab.infer.terminal import Terminal
+
+    opened = llmlab.open(required(flags, "workdir"))
+    called = tools() if flags.tools else {}
+    chat_command(opened, Terminal(), system=flags.system, tools=called, **sampling(flags))
+
+
+def _define_rank(flags: FlagValues, argv: list[str]) -> None:
+    define_workdir(flags, "The run whose answers to order.")
+    f.DEFINE_string("prompts", "", "Prompts: JSON lines, or a text with one a line.", flag_values=flags)
+    f.DEFINE_string("out", "", "The JSON lines file to append to; goes on after the prompts in it.", flag_values=flags)
+    f.DEFINE_integer("answers", 4, "To each prompt, from 2 to 9.", flag_values=flags)
+    choices = ["none", "best", "adjacent"]
+    f.DEFINE_enum("pairs", "none", choices, "Keep pairs: the best with each, or each with the next.", flag_values=flags)
+    f.DEFINE_bool("drafts", False, "Keep or edit one answer to each prompt instead.", flag_values=flags)
+    define_sampling(flags, max_tokens=256, temperature=0.8)
+
+
+def _rank(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
+    from llmlab.infer.rank import RankConfig, rank_command
+    from llmlab.infer.terminal import Terminal
+
+    files = {name: required(flags, name) for name in ("prompts", "out")}
+    config = RankConfig(**files, answers=flags.answers, pairs=flags.pairs, drafts=flags.drafts)
+    start_jax()
+    import llmlab
+
+    opened = llmlab.open(required(flags, "workdir"))
+    rank_command(opened, Terminal(), config, tools=tools(), **sampling(flags))
+
+
+VERBS = {
+    "sample": Verb(
+        "let a trained model go on from a prompt",
+        "--workdir=DIR --prompt=TEXT",
+        "Example:  llmlab sample --workdir=runs/quickstart --prompt='def' --temperature=0.8",
+        _define_sample,
+        _sample,
+    ),
+    "chat": Verb(
+        "talk with a trained model",
+        "--workdir=DIR [--system=TEXT]",
+        "Streams, keeps what was said, and runs the tools that the model calls; /help says what else there is.\n"
+        "Where standard input is no terminal, each of its lines is a question:\n"
+        "\n"
+        "  echo 'What is 12 + 30?' | llmlab chat --workdir=runs/sft --temperature=0",
+        _define_chat,
+        _chat,
+    ),
+    "rank": Verb(
+        "order a model's answers, or mend drafts, for training",
+        "--workdir=DIR --prompts=FILE --out=FILE.jsonl [--pairs=best|--drafts]",
+        "Appends a row for each prompt at once: orders, which data.rows=ranking reads; with --pairs pairs, which\n"
+        "data.rows=preference reads; with --drafts conversations, which data.rows=chat reads. A prompt file is a text\n"
+        'with one a line, or rows {"prompt": …}. The same command goes on after the prompts that are done.',
+        _define_rank,
+        _rank,
+    ),
+}
