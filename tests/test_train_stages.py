@@ -21,6 +21,7 @@ from llmlab.eval.held_out import make_evaluator
 from llmlab.objective import NextTokenConfig
 from llmlab.train.check import gradient_rows, twin
 from llmlab.train.config import resolve
+from llmlab.train.describe import estimate
 from llmlab.workdir.metrics import MetricsLog
 from tests.runs import ROOT, assert_same_run
 from tests.stages_for_tests import OBJECTIVES, get_config, write_rows
@@ -185,3 +186,27 @@ def test_what_cannot_be_is_said_in_one_line(train, tmp_path, capsys, stage, flag
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_every_stage_says_beforehand_what_it_costs(tmp_path):
+    write_rows(tmp_path)
+    for stage in OBJECTIVES:
+        config = get_config(f"{stage},{tmp_path}")
+        config.run.init_from = "somewhere"
+        config.model.vocab_size = 110
+        facts = estimate(resolve(config), 8)
+        assert facts["activation_bytes"] > 0
+        assert facts["tokens"] == 8 * 8 * 64
+
+
+@pytest.mark.slow
+def test_the_policy_begins_at_its_reference_even_where_its_workdir_went_on(train, sft, tmp_path):
+    """The reference is known by its hash from the first start on; the run is stopped before it saves anything."""
+    shutil.copytree(sft, tmp_path / "sft")
+    assert train("dpo", tmp_path / "run", init_from=tmp_path / "sft") == 0
+    first = evaluations(tmp_path / "run")[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    shutil.copytree(tmp_path / "sft" / "checkpoints" / "4", tmp_path / "sft" / "checkpoints" / "9")
+    assert train("dpo", tmp_path / "run", init_from=tmp_path / "sft") == 0
+    assert evaluations(tmp_path / "run")[0]["eval/loss"] == first["eval/loss"]

@@ -58,7 +58,8 @@ class DataConfig:
       that are judged together share a row.
     shuffle: visit the rows in a new random order every epoch, or in the order of the files.
     held_out: the share kept from training, above 0. Files (`python`, `text`) and rows (the others) are chosen by a
-      hash of their name or place; a single `text` file is split by position, its end held out.
+      hash of their name or place, rows with answers that are judged by one of their prompt; a single `text` file is
+      split by position, its end held out; `assistant` has a split of its own.
     held_out_files: instead, hold out exactly these; they are not trained on even if `files` matches them too.
     on_bad_input: whether an unreadable file or row is an error, or skipped, counted and reported.
     workers: processes that tokenise; 0 for one per core, up to 16; 1 for none beside this one.

@@ -170,7 +170,8 @@ def _trained(path: Path, config: DataConfig, progress: bool) -> Tokenizer:
 def _said(item: str) -> Iterator[str]:
     """The texts of an example, each once."""
     turns = (message for response in Example.loads(item).responses for message in response.conversation)
-    yield from dict.fromkeys(text for turn in turns for text in (turn.content, turn.thinking) if text)
+    said = ((turn.content, turn.thinking, *(" ".join(call) for call in turn.calls)) for turn in turns)
+    yield from dict.fromkeys(text for texts in said for text in texts if text)
 
 
 def _cache(config: DataConfig, kind: str) -> Path:

@@ -2,12 +2,13 @@
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmlab.core.errors import UserError
 from llmlab.data import readers, sources_assistant, sources_python
+from llmlab.data.chat import Example
 from llmlab.data.config import DataConfig
 from llmlab.data.readers import BadInput, Row
 from llmlab.data.rows import BadRowError, examples
@@ -121,12 +122,19 @@ def _numbered(config: DataConfig, split: Split) -> Iterator[tuple[str, str | Bad
             # A bad row has no side: both splits meet it, so that neither hides it.
             if isinstance(texts, BadInput):
                 yield name, texts
-            elif held_out or takes(split, place(name) < config.held_out):
+            elif held_out or takes(split, place(_side(name, texts, config)) < config.held_out):
                 for text in texts:
                     yield name, text
 
 
-def _texts(row: Row, config: DataConfig) -> Iterable[str] | BadInput:
+def _side(name: str, texts: Sequence[str], config: DataConfig) -> str:
+    """By what a row is held out: its place; where answers are judged their prompt, which several rows may have."""
+    if config.rows in ("text", "chat"):
+        return name
+    return str(Example.loads(texts[0]).responses[0].conversation[:-1])
+
+
+def _texts(row: Row, config: DataConfig) -> Sequence[str] | BadInput:
     """What a row holds; both examples of one that holds two."""
     if config.rows == "text":
         text = readers.text_of(row, config.field)
@@ -135,7 +143,7 @@ def _texts(row: Row, config: DataConfig) -> Iterable[str] | BadInput:
         found = examples(row.fields, config.rows, system=config.system, train_on=config.train_on)
     except BadRowError as error:
         return error.at(row.where)
-    return (example.dumps() for example in found)
+    return [example.dumps() for example in found]
 
 
 def _python(config: DataConfig, split: Split) -> Iterator[tuple[str, str | BadInput]]:

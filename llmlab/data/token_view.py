@@ -35,13 +35,21 @@ def tokenize_command(path: str | os.PathLike[str], text: str | None, out: TextIO
 
 
 def chat_command(
-    path: str | os.PathLike[str], file: str | os.PathLike[str], out: TextIO, *, rows: Rows | None = None, limit: int = 3
+    path: str | os.PathLike[str],
+    file: str | os.PathLike[str],
+    out: TextIO,
+    *,
+    rows: Rows | None = None,
+    limit: int = 3,
+    system: str = "",
+    train_on: str = "assistant",
 ) -> None:
     """Prints the first rows of `file` as the chat template of the tokenizer in `path` spells them, then a count.
 
     Args:
       rows: what they are, as in `DataConfig`; None where each row's fields tell.
       limit: how many; 0 for all.
+      system, train_on: as in `DataConfig`.
 
     Raises:
       UserError: one of them is bad.
@@ -56,7 +64,7 @@ def chat_command(
             raise UserError(str(row))
         kind = rows or guess_rows(row.fields) or "chat"
         try:
-            found = examples(row.fields, kind)
+            found = examples(row.fields, kind, system=system, train_on=train_on)
         except BadRowError as error:
             raise UserError(str(error.at(row.where))) from None
         for example in found:

@@ -222,6 +222,8 @@ def answers(opened: Opened, config: EvalConfig, tools: Tools, *, quiet: bool = F
     data, split = text_of(opened.config, config)
     found = itertools.islice(documents(data, split, Report()), config.limit or CONVERSATIONS_UNASKED)
     examples = [Example.loads(document.text) for document in found]
+    if data.rows == "binary":  # an answer that is bad is none to be compared with
+        examples = [example for example in examples if example.responses[0].value > 0]
     with shown("answering", len(examples), not quiet, in_bytes=False) as advance:
         return conversations.measure(
             opened.model,
@@ -255,7 +257,7 @@ def find_needles(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> 
     haystack: list[int] = []
     data, split = text_of(opened.config, config)
     for document in documents(data, split, Report()):
-        haystack += opened.tokenizer.encode(document.text)
+        haystack += opened.tokenizer.encode(document.text if data.rows == "text" else _spoken(document.text))
         if len(haystack) > 8 * max(lengths):
             break
     rows = len(lengths) * settings.depths * settings.samples
@@ -263,15 +265,20 @@ def find_needles(opened: Opened, config: EvalConfig, *, quiet: bool = False) -> 
         return needle(opened.model, opened.params, opened.tokenizer, haystack, settings, advance)
 
 
+def _spoken(item: str) -> str:
+    """The turns of a conversation as text."""
+    return "\n".join(message.content for message in Example.loads(item).responses[0].conversation)
+
+
 def text_of(trained: dict[str, Any], config: EvalConfig) -> tuple[DataConfig, Split]:
     """The text to evaluate on: what the run of config `trained` held out, or what `config` names instead."""
     data = from_config_dict(DataConfig, trained["data"], "data")
     split: Split = "held_out"
     if config.files or (config.source and config.source != data.source):
-        reads_files = data.source not in ("python", "mixture")
+        reads_files = data.source not in ("python", "assistant", "mixture")
         section = {
             **{field.name: getattr(data, field.name) for field in dataclasses.fields(data)},
-            "source": config.source or (data.source if reads_files else "text"),
+            "source": config.source or (data.source if reads_files else "text" if data.rows == "text" else "jsonl"),
             "files": config.files,
             "held_out_files": (),
             "mixture": (),

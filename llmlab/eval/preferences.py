@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmlab.core.mesh import fetch
@@ -19,7 +18,7 @@ from llmlab.data.split import Split
 from llmlab.data.store import TokenStore
 from llmlab.model.adapters import adapter_of, without_adapter
 from llmlab.model.types import Params
-from llmlab.objective.groups import response_counts
+from llmlab.objective.preference import PER_TOKEN
 from llmlab.objective.responses import response_logps, response_scores
 from llmlab.train.reference import reference_logps
 from llmlab.workdir.files import Workdir
@@ -33,9 +32,9 @@ def told_apart(
 ) -> dict[str, Any]:
     """{"accuracy": share of pairs, "by_kind": the same for each kind of example, "pairs": how many}, of `split`.
 
-    A pair is told apart where its first answer has the higher reward: the score, of a reward model; else how much
-    likelier an answer has become than by the reference that the run is compared with; where it has none, the mean
-    log-probability of the answer's tokens.
+    A pair is told apart where its first answer has the higher reward, as the run's objective has it: the score, of a
+    reward model; else how much likelier an answer has become than by the reference, a token with ipo; with orpo and
+    simpo, which have none, the mean log-probability of the answer's tokens.
     """
     right: dict[str, list[bool]] = collections.defaultdict(list)
     parts = prepare_parts(data, opened.tokenizer, split, progress=not quiet)
@@ -45,6 +44,8 @@ def told_apart(
         reward = _rewards(opened, data, store, compared=references is not None)
         if references is not None:
             reward = reward - references[number]
+        if opened.config["objective"].get("kind") in PER_TOKEN:
+            reward = reward / np.maximum(_tokens_said(store), 1)
         first = np.searchsorted(store.judged.groups, np.arange(store.manifest["items"]))
         margin = reward[first] - reward[first + 1]
         kinds = (Example.loads(document.text).kind for document in documents(part, split, Report()))
@@ -77,22 +78,29 @@ def references_of(
     known = Workdir(workdir).read_config().get("reference")
     if known is None:
         return None
-    return reference_logps(Workdir(workdir), data, {split: parts}, opened.model, Base(**known), log.info)[split]
+    logprobs = opened.config["objective"]["logprobs"]
+    splits: dict[str, list[tuple[TokenStore, float]]] = {split: parts}
+    return reference_logps(Workdir(workdir), data, splits, opened.model, Base(**known), logprobs, log.info)[split]
+
+
+def _tokens_said(store: TokenStore) -> np.ndarray:
+    """Of each answer, the tokens that the model is to say."""
+    assert store.judged is not None
+    said = np.concatenate([[0], np.cumsum(store.judged.marks == 1)])
+    return np.diff(said[store.offsets])
 
 
 def _rewards(opened: Opened, data: DataConfig, store: TokenStore, *, compared: bool) -> np.ndarray:
     """The reward of every answer, or its log-probability where that is `compared` with another's later."""
-    model = opened.model
+    model, logprobs = opened.model, opened.config["objective"].get("logprobs", "auto")
 
     def of_batch(params: Params, batch: GroupBatch) -> jax.Array:
         if model.config.head == "score":
             return response_scores(model, params, batch)[0]
-        logp_BPR = response_logps(model, params, batch)[0]
-        if compared:
-            return logp_BPR
-        if adapter_of(params) and opened.config["objective"].get("kind") not in ("orpo", "simpo"):
-            return logp_BPR - response_logps(model, without_adapter(params), batch)[0]
-        return logp_BPR / jnp.maximum(response_counts(batch), 1)
+        logp_BPR = response_logps(model, params, batch, logprobs=logprobs)[0]
+        if not compared and adapter_of(params) and opened.config["objective"].get("kind") not in ("orpo", "simpo"):
+            return logp_BPR - response_logps(model, without_adapter(params), batch, logprobs=logprobs)[0]
+        return logp_BPR
 
     compiled, partition = jax.jit(of_batch), model.partition
     sharding = None if partition is None else partition.sharding("batch", "time")

@@ -87,6 +87,8 @@ def _as_turn(message: Message) -> Row:
     turn["content"] = message.content
     if message.calls:
         turn["tool_calls"] = [call._asdict() for call in message.calls]
+    if not message.train:
+        turn["weight"] = 0
     return turn
 
 

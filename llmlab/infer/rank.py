@@ -187,13 +187,14 @@ def _answers(
     seed: int,
     settings: dict[str, Any],
 ) -> list[Reply]:
-    """Answers that differ, none empty, in an order that says nothing; fewer than asked for where there are no more."""
+    """Answers that differ, none empty or cut at `max_tokens`, in any order; fewer where there are no more."""
     found: dict[tuple[Message, ...], Reply] = {}
     for draw in range(1 if config.drafts else DRAWS):
         seeds = range(seed + draw * config.answers, seed + (draw + 1) * config.answers)
         prompts = [prompt] * config.answers
         for reply in replies(opened.model, opened.params, template, prompts, seeds=seeds, **settings):
-            if reply.messages and (reply.messages[-1].content.strip() or reply.messages[-1].calls):
+            # One that was cut would teach to stop in the middle of a sentence.
+            if reply.ended and (reply.messages[-1].content.strip() or reply.messages[-1].calls):
                 found.setdefault(reply.messages, reply)
         if len(found) >= config.answers:
             break

@@ -99,7 +99,10 @@ def _answered(
             terminal.say("note", f"cut at max_tokens={max_tokens}")
     if speed := speed_text(said):
         terminal.aside(speed)
-    return (*asked, *said.messages)
+    if not said.messages or (said.ended and not stopped()):
+        return (*asked, *said.messages)
+    # Its end is not the model's: what is saved of it must not teach to stop there.
+    return (*asked, *said.messages[:-1], said.messages[-1]._replace(train=False))
 
 
 def speed_text(said: Reply) -> str:

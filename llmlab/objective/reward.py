@@ -98,7 +98,7 @@ class RewardConfig(Objective):
     """
 
     name: Literal["reward"] = "reward"
-    margin: bool = True
+    margin: bool = False
     centring: float = 0.0
 
     rows: ClassVar[tuple[str, ...]] = ("preference", "ranking")

@@ -99,7 +99,9 @@ def _in_order(runs: list[Run]) -> list[Run]:
     by_name = {run.name: run for run in runs}
 
     def depth(run: Run) -> int:
-        before = by_name.get(Path(run.config["run"]["init_from"]).name)
-        return 0 if before is None or before is run else 1 + depth(before)
+        before: list[Run | None] = [run]
+        while (last := before[-1]) is not None and last not in before[:-1]:
+            before.append(by_name.get(Path(last.config["run"]["init_from"]).name))
+        return len(before)
 
     return sorted(runs, key=lambda run: (depth(run), run.name))

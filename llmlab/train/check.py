@@ -67,7 +67,7 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
     model, data = experiment.model, experiment.data
     attention_name, logprobs_name = versions(experiment)
     checks: list[functools.partial] = []
-    s, packed = model.ssm, data.packing == "best_fit"
+    s, packed = model.ssm, data.packing == "best_fit" or data.rows not in ("text", "chat")
     if "mamba" in model.pattern:
         options: Any = dict(groups=s.groups, packed=packed, implementation=s.implementation, chunk=s.chunk)
         checks.append(functools.partial(check_ssm, s.head_dim, s.state, model.dtype, **options))
@@ -87,8 +87,6 @@ def kernel_checks(experiment: Experiment) -> list[functools.partial]:
             implementation=attention_name,
         )
         checks.append(check)
-    if model.head == "score":
-        return checks
     if model.head == "score":
         return checks
     check = functools.partial(

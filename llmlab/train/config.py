@@ -171,6 +171,11 @@ def _check_together(experiment: Experiment) -> None:
         raise UserError(
             f"objective.name={objective.name} needs model.head={objective.head}, and it is {model.head}: set it"
         )
+    if objective.needs_reference and objective.reference == "adapter" and adapter.kind == "none":
+        raise UserError(
+            "objective.reference=adapter is the weights under an adapter, and there is none: set adapter.kind, or "
+            "objective.reference=auto"
+        )
     if objective.stores_reference(adapter=adapter.kind != "none") and not run.init_from:
         raise UserError(
             f"objective.name={objective.name} compares with the model it begins from: name its workdir, "

@@ -87,5 +87,5 @@ def _abstract_batch(data: DataConfig, rows: int) -> Any:
     if data.rows in ("text", "chat"):
         return TokenBatch(**dict.fromkeys(TokenBatch._fields, batch_BT))  # type: ignore[arg-type]
     of_groups_BPR = jax.ShapeDtypeStruct((rows, -(-data.sequence_length // 128), 2), jnp.float32)
-    fields = {name: of_groups_BPR if name.endswith("BPR") else batch_BT for name in GroupBatch._fields}
-    return GroupBatch(**fields)  # type: ignore[arg-type]
+    names = [name for name in GroupBatch._fields if name not in GroupBatch._field_defaults]
+    return GroupBatch(**{name: of_groups_BPR if name.endswith("BPR") else batch_BT for name in names})  # type: ignore[arg-type]

@@ -45,7 +45,15 @@ from llmlab.train.step import by_gradients_alone, make_step
 from llmlab.workdir.checkpoints import Checkpoints
 from llmlab.workdir.files import Workdir
 from llmlab.workdir.metrics import MetricsLog, TensorBoardLog, check_tensorboard
-from llmlab.workdir.open import Base, check_base, check_has_weights, frozen_weights, newest_base, weights_for
+from llmlab.workdir.open import (
+    Base,
+    check_base,
+    check_has_weights,
+    frozen_weights,
+    newest_base,
+    weights_for,
+    weights_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +105,9 @@ def _launch_claimed(
     experiment, settings, source = run.experiment, run.experiment.run, data.source
     if reference is not None:
         splits = {"train": data.train, "held_out": data.held_out}
-        logps = reference_logps(workdir, experiment.data, splits, run.model, reference, progress.say)
+        logps = reference_logps(
+            workdir, experiment.data, splits, run.model, reference, experiment.objective.logprobs, progress.say
+        )
         source.references = logps["train"]
         held_out: Any = functools.partial(run.held_out, references=logps["held_out"])
         run = run._replace(held_out=held_out)
@@ -110,7 +120,7 @@ def _launch_claimed(
     )
     logs = _Logs(workdir, settings.tensorboard) if first else _NoLog()
     try:
-        state, step_fn = _prepare_state(run, base, checkpoints, progress)
+        state, step_fn = _prepare_state(run, base, reference, checkpoints, progress)
         run_loop(
             experiment,
             state,
@@ -242,6 +252,7 @@ def _assemble(experiment: Experiment, workdir: Workdir, partition: Partition, pr
     held_out = prepare_parts(data, tokenizer, "held_out")
     if data.rows != "text":
         progress.say(statistics(data, train))
+        statistics(data, held_out)  # refuses it where most is left out
     source = TextSource(data, train, seed=experiment.run.seed, sharding=batch_sharding)
     model = make_model(experiment.model, partition)
     loss = experiment.objective.make(model, token_bytes(tokenizer, size))
@@ -260,7 +271,9 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return table_V
 
 
-def _prepare_state(run: Run, base: Base | None, checkpoints: Checkpoints, progress: Progress) -> tuple[TrainState, Any]:
+def _prepare_state(
+    run: Run, base: Base | None, reference: Base | None, checkpoints: Checkpoints, progress: Progress
+) -> tuple[TrainState, Any]:
     """(state, jitted step): restored if there is a checkpoint, else from other weights, else initialised; sharded."""
     experiment, model = run.experiment, run.model
     config, settings, adapter = experiment.optimizer, experiment.run, experiment.adapter
@@ -287,7 +300,9 @@ def _prepare_state(run: Run, base: Base | None, checkpoints: Checkpoints, progre
         progress.say(f"going on from step {latest} in {run.workdir.path}")
     elif settings.init_from and base is None:
         begin = functools.partial(start, optimizer=optimizer, **common)
-        state = jax.jit(begin, out_shardings=shardings)(weights_for(settings.init_from, model, key))
+        # Exactly the reference, where there is one, whatever else its workdir holds by now.
+        weights = weights_for(settings.init_from, model, key) if reference is None else weights_of(reference, model)
+        state = jax.jit(begin, out_shardings=shardings)(weights)
         progress.say(f"starting from the weights of {settings.init_from}")
     else:
         state = jax.jit(fresh, out_shardings=shardings)(key, frozen)

@@ -38,7 +38,8 @@ def make_step(
     `before(params, batch, key)` gives a batch with what all its microbatches share filled in, where there are several.
     `post_step(trainable, metrics)` moves what no gradient does, after the optimizer: the model's, where all its weights
     are trained.
-    A step whose loss or gradient norm is not finite, or far outside the recent window, changes nothing but its count:
+    A step whose loss or gradient norm is not finite, or far outside the recent window, or that has nothing to learn
+    from, changes nothing but its count:
     decided here, on global scalars, so every host decides alike. Metrics are (sum, weight) pairs.
     """
 
@@ -51,7 +52,7 @@ def make_step(
         )
         norm = global_norm(gradients)
         value = total.sum / jnp.maximum(total.weight, 1)
-        good = _is_good(state.guard, value, norm, config)
+        good = _is_good(state.guard, value, norm, config) & (total.weight > 0)
         if config.clip:
             scale = jnp.minimum(1.0, config.clip / jnp.maximum(norm, 1e-12))
             gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)

@@ -125,11 +125,20 @@ def _tokenize(flags: FlagValues, rest: list[str]) -> None:
     tokenizer = flags.model or flags.workdir
     if flags.chat:
         none_left(rest)
-        chat_command(tokenizer, flags.chat, sys.stdout, rows=flags.rows, limit=flags.limit)
+        data = _data_of(flags.workdir) if flags.workdir else {}
+        settings = {name: data[name] for name in ("system", "train_on") if name in data}
+        chat_command(tokenizer, flags.chat, sys.stdout, rows=flags.rows, limit=flags.limit, **settings)
         return
     if given := [name for name in ("rows", "limit") if flags[name].present]:
         raise UserError(f"--{given[0]} is of conversations: name their file by --chat=FILE")
     tokenize_command(tokenizer, " ".join(rest) if rest else None, sys.stdout)
+
+
+def _data_of(workdir: str) -> dict[str, Any]:
+    """How the run in this folder read its rows."""
+    from llmlab.workdir.files import Workdir
+
+    return Workdir(workdir).read_config()["config"].get("data", {})
 
 
 def _define_convert(flags: FlagValues, argv: list[str]) -> None:
