@@ -68,12 +68,12 @@ def text_table(rows: Sequence[Row]) -> str:
 def _rows(run: Run) -> Iterator[Row]:
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
-        judges = run.config["data"]["rows"] not in ("text", "chat")
+        of = run.config["data"]["rows"]
         for name, measure in MEASURES.items():
             # Of answers that are judged bits per byte are not measured, and of conversations they say little.
-            if f"eval/{name}" in last and not (name == "bits_per_byte" and run.config["data"]["rows"] != "text"):
+            if f"eval/{name}" in last and not (name == "bits_per_byte" and of != "text"):
                 before = "" if first is last else _shown(name, first.get(f"eval/{name}"))
-                said = "held-out loss of answers" if name == "loss" and not judges else measure
+                said = "held-out loss of answers" if name == "loss" and of == "chat" else measure
                 yield Row(run.name, said, before, _shown(name, last[f"eval/{name}"]))
     talked, told = run.evaluation.get("conversations", {}), run.evaluation.get("pairs", {})
     if "ended" in talked:

@@ -138,7 +138,8 @@ def _data_of(workdir: str) -> dict[str, Any]:
     """How the run in this folder read its rows."""
     from llmlab.workdir.files import Workdir
 
-    return Workdir(workdir).read_config()["config"].get("data", {})
+    found = Workdir(workdir)
+    return found.read_config()["config"].get("data", {}) if found.config.exists() else {}
 
 
 def _define_convert(flags: FlagValues, argv: list[str]) -> None:
