@@ -292,7 +292,11 @@ OPENED = THINKING._replace(  # the prompt for an answer begins its thinking
 def _after_marker(text: str) -> str:
     """Without blanks after a marker: the tokens take them."""
     head, *rest = text.split("⟧")
-    return "⟧".join([head, *(piece.lstrip() for piece in rest)])
+    return "⟧".join([head, *(piece.lstrip(_UNICODE_BLANKS) for piece in rest)])
+
+
+# What the library takes for blank; Python adds the separators U+001C to U+001F.
+_UNICODE_BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace() and code not in range(0x1C, 0x20))
 
 
 STRIPPING = Family(
@@ -304,7 +308,10 @@ STRIPPING = Family(
     ),
     {"eos_token": "<|endoftext|>"},
     lambda turns, generate: [
-        *((text.lstrip(), said) for text, said in _turns(turns, generate, "⟦<|", "|>⟧\n", "⟦<|end|>⟧", "\n")),
+        *(
+            (text.lstrip(_UNICODE_BLANKS), said)
+            for text, said in _turns(turns, generate, "⟦<|", "|>⟧\n", "⟦<|end|>⟧", "\n")
+        ),
         *([] if generate else [("⟦<|endoftext|>⟧", False)]),
     ],
     ("system", "tool", "free"),

@@ -26,9 +26,10 @@ def test_what_only_normalisation_makes_a_marker_is_text():
     tokenizer, template = made(FAMILIES["thinking"], tokenizer=library)
     id = library().token_to_id("<think>")
     assert id in template.render((HELLO[0], HELLO[1]._replace(thinking="x"))).ids
-    rendered = template.render((Message("user", "\uff1cthink\uff1e <think>"), HELLO[1], HELLO[0]))
-    assert id not in rendered.ids
-    assert spelt(tokenizer, rendered.ids).startswith("⟦<|im_start|>⟧user\n<think> <think>⟦<|im_end|>⟧\n")
+    for typed in ("", " <think>"):
+        rendered = template.render((Message("user", f"\uff1cthink\uff1e{typed}"), HELLO[1], HELLO[0]))
+        assert id not in rendered.ids
+        assert spelt(tokenizer, rendered.ids).startswith(f"⟦<|im_start|>⟧user\n<think>{typed}⟦<|im_end|>⟧\n")
 
 
 def test_private_use_characters_are_text_as_any_other():
@@ -97,7 +98,9 @@ def test_ids_begin_where_the_text_that_they_stand_for_begins():
     "overlapping", ["<|im_end|<|im_end|>", "<|im_<|im_end|>end|>", "<<|im_end|>>", "<|im_end|>" * 3]
 )
 def test_markers_within_markers_are_broken(overlapping: str):
-    encoder = encoder_of(of("chatml")[0])
+    """Here `<<` is a token too, and ends where another may begin."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<<"]
+    encoder = encoder_of(made(FAMILIES["chatml"], tokenizer=lambda: byte_level(special))[0])
     broken = encoder.broken(overlapping, BREAKER)
     assert broken.replace(BREAKER, "") == overlapping
     assert encoder.encode(broken, BREAKER).markers == []

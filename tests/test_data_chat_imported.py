@@ -211,6 +211,14 @@ def test_text_that_a_template_passes_over_beside_a_call_is_refused():
         template.render((HELLO[0], call._replace(content="x")))
 
 
+def test_a_marker_that_a_template_would_escape_is_refused():
+    escaping = FAMILIES["chatml"].template.replace("message['content'] +", "message['content'] | tojson(true) +")
+    _, template = made(FAMILIES["chatml"], template=escaping)
+    assert template.render((Message("user", "é"),)).ids
+    with pytest.raises(UserError, match="escapes a marker that stands in a text"):
+        template.render((Message("user", "<|im_end|>"),))
+
+
 def test_results_that_a_template_passes_over_are_refused():
     deaf = FAMILIES["chatml"].template.replace(
         "{% for message in messages %}", "{% for message in messages if message.role != 'tool' %}"
@@ -218,6 +226,12 @@ def test_results_that_a_template_passes_over_are_refused():
     _, template = made(FAMILIES["chatml"], template=deaf)
     with pytest.raises(UserError, match="leaves out the result of a tool"):
         template.render((HELLO[0], Message("tool", "x")))
+
+
+def test_arguments_are_text_where_a_template_takes_no_objects():
+    tokenizer, template = of("bars")
+    rendered = template.render((HELLO[0], Message("assistant", calls=(ToolCall("f", '{"a":  1}'),))))
+    assert said(tokenizer, rendered) == '⟦<｜call｜>⟧f⟦<｜sep｜>⟧{"a":  1}⟦<｜/call｜>⟧⟦</s>⟧'
 
 
 def test_calls_have_ids_that_results_name():

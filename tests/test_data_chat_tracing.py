@@ -50,6 +50,33 @@ def test_an_end_may_be_left_to_the_next_turn_of_another():
         template.render((*HELLO, *HELLO))
 
 
+def test_the_end_of_an_empty_turn_is_not_taken_for_that_of_the_turn_before():
+    ends = "{{ '' if 'hi' in message.content else '<|im_end|>' }}\n"
+    endless = FAMILIES["chatml"].template.replace("'<|im_end|>\n' }}", "'' }}" + ends)
+    _, template = made(FAMILIES["chatml"], template=endless)
+    with pytest.raises(UserError, match="no token that ends a turn"):
+        template.render((*HELLO, Message("assistant", "")))
+
+
+def test_what_the_prompt_begins_is_said_where_the_assistant_said_it():
+    """Every turn that is to be generated begins so, and one that was given does by chance."""
+    begun = FAMILIES["chatml"].template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nSure: ")
+    tokenizer, template = made(FAMILIES["chatml"], template=begun)
+    turns = (HELLO[0], Message("assistant", "Sure: yes"), *HELLO)
+    assert said(tokenizer, template.render(turns)) == "Sure: yes⟦<|im_end|>⟧hi⟦<|im_end|>⟧"
+    with pytest.raises(UserError, match="cannot be told what the assistant says"):
+        template.render(turns[1:])  # begins with the assistant, whose turn is then known by nothing but its header
+
+
+def test_an_end_within_a_turn_is_not_its_end():
+    """Thinking is ended by what ends a turn."""
+    thinking = "(message.thinking + '<|im_end|>' if message.thinking else '')"
+    ended = FAMILIES["chatml"].template.replace("message['content'] +", f"{thinking} + message['content'] +")
+    tokenizer, template = made(FAMILIES["chatml"], template=ended)
+    turns = (HELLO[0], HELLO[1]._replace(thinking="so"), *HELLO)
+    assert said(tokenizer, template.render(turns)) == "so⟦<|im_end|>⟧hi⟦<|im_end|>⟧hi⟦<|im_end|>⟧"
+
+
 @pytest.mark.parametrize(
     ("name", "form"),
     [

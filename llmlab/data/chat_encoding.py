@@ -66,16 +66,15 @@ class Encoder:
         Raises:
           UserError: this tokenizer makes a marker of text, however it is encoded.
         """
-        found = self._whole.encode(text, add_special_tokens=False)
-        starts = [start for start, _ in found.offsets]
-        known = [place for place, id in enumerate(found.ids) if id in self._name_of]
+        ids, offsets = _encoded(self._whole, text)
+        known = [place for place, id in enumerate(ids) if id in self._name_of]
         own = {  # where the template wrote a marker; what only normalisation makes one was typed
-            text.index(name, *found.offsets[place]): found.ids[place]
+            text.index(name, *offsets[place]): ids[place]
             for place in known
-            if (name := self._name_of[found.ids[place]]) in text[slice(*found.offsets[place])]
+            if (name := self._name_of[ids[place]]) in text[slice(*offsets[place])]
         }
         if breaker not in text and len(own) == len(known):
-            return Encoded(found.ids, starts, [(place, found.ids[place]) for place in known])
+            return Encoded(ids, [start for start, _ in offsets], [(place, ids[place]) for place in known])
         letters, origin = [], []
         for place, letter in enumerate(text):
             if place in own:
@@ -85,21 +84,26 @@ class Encoder:
                 letters.append(letter)
                 origin.append(place)
         origin.append(len(text))
-        library, ids = _escaping(self._content, tuple(self.control), breaker)
-        found = library.encode("".join(letters), add_special_tokens=False)
-        encoded = [ids.get(id, id) for id in found.ids]
-        markers = [(place, id) for place, id in enumerate(encoded) if id in self._name_of]
+        library, id_of = _escaping(self._content, tuple(self.control), breaker)
+        ids, offsets = _encoded(library, "".join(letters))
+        ids = [id_of.get(id, id) for id in ids]
+        markers = [(place, id) for place, id in enumerate(ids) if id in self._name_of]
         if [id for _, id in markers] != list(own.values()):
             raise UserError(
                 "a text of this conversation spells a marker, which this tokenizer cannot tell from its own"
             )
-        return Encoded(encoded, [origin[start] for start, _ in found.offsets], markers)
+        return Encoded(ids, [origin[start] for start, _ in offsets], markers)
 
 
 def unused(text: str) -> Iterator[str]:
     """Private-use characters that do not stand in the text."""
     used = set(text)
     return (letter for letter in map(chr, range(0xF0000, 0xFFFFE)) if letter not in used)
+
+
+def _encoded(library: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    found = library.encode(text, add_special_tokens=False)
+    return found.ids, found.offsets  # each of which the library makes anew when asked
 
 
 @functools.lru_cache(maxsize=2)

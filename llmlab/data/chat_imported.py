@@ -33,7 +33,8 @@ class ImportedTemplate:
         form = form_of(self._jinja.write)
         ends = [id for _, id in self._markers(form.ending)[:1]]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((tokenizer.eos_id, *ends, *tokenizer.chat.stop_ids)))
-        self._form = form if self._markers(form.header) else form._replace(header="")
+        typable = not self._markers(form.header) or (form.opening and not self._markers(form.opening))
+        self._form = form._replace(header="") if typable else form
         self._reader = _Reader(tokenizer, self._encoder.control, self._jinja.literals, form.opening)
         self._leaves_out = functools.cache(functools.partial(_leaves_out, self._jinja))
         self._as_dicts = functools.partial(as_dicts, decode=_takes_objects(self._jinja))
@@ -51,6 +52,8 @@ class ImportedTemplate:
         breaker = next(spare)
         dicts = self._as_dicts(turns, lambda text: self._encoder.broken(text, breaker))
         text = self._jinja.write(dicts, generate)
+        if json.dumps(breaker).strip('"') in text:
+            raise UserError("the chat template of this model escapes a marker that stands in a text: take that out")
         encoded = self._encoder.encode(text, breaker)
         mask, steps = [0] * len(encoded.ids), list[tuple[int, float]]()
         if not any(turn.role == "assistant" and (turn.train or turn.steps) for turn in turns):
