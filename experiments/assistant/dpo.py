@@ -8,26 +8,14 @@ reference is the model that it begins from: its log-probabilities are computed o
 Your own pairs: --config.data.source=jsonl --config.data.files='pairs/*.jsonl'.
 """
 
-from pathlib import Path
-
-from llmlab.core.errors import UserError
 from llmlab.data import text
-from llmlab.data.tokenizer import TokenizerConfig
-from llmlab.model.config import llama
 from llmlab.objective import PreferenceConfig
-from llmlab.train.config import experiment, run
+from llmlab.train.config import begun_from, experiment, run
 from llmlab.train.optimizer import adamw
-from llmlab.workdir.open import model_config
 
 
 def get_config(arg=""):
-    if not arg:
-        raise UserError("name the workdir to begin from: --config=experiments/assistant/dpo.py:runs/assistant/sft")
-    tiny = arg == "tiny"
-    if tiny:
-        model, tokenizer = llama(width=32, layers=2, heads=4, max_positions=512), TokenizerConfig(vocab_size=512)
-    else:
-        model, tokenizer = model_config(arg), TokenizerConfig(file=str(Path(arg) / "tokenizer.model"))
+    tiny, (model, tokenizer) = arg == "tiny", begun_from(arg)
     return experiment(
         model=model,
         data=text(

@@ -4,6 +4,7 @@ Whatever cannot work is refused here, before anything is compiled, in one line t
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,11 +13,13 @@ from llmlab.core.config import from_config_dict, to_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.mesh import MeshConfig, Partition
 from llmlab.data.config import DataConfig
+from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.model.adapters import AdapterConfig
-from llmlab.model.config import ModelConfig
+from llmlab.model.config import ModelConfig, llama
 from llmlab.model.transformer import check_divides
 from llmlab.objective import OBJECTIVES, Objective
 from llmlab.train.optimizer import OptimizerConfig
+from llmlab.workdir.open import model_config
 
 # No space at the end: SentencePiece joins it to the word that follows, and alone it is a token hardly ever seen.
 SAMPLE_PROMPTS = ("def", "The")
@@ -78,6 +81,19 @@ def one_of(arg: str, *choices: str) -> str:
     if arg not in choices:
         raise UserError(f"--config: no variant {arg!r} of this experiment: {nearest(arg, filter(None, choices))}")
     return arg
+
+
+def begun_from(arg: str) -> tuple[ModelConfig, TokenizerConfig]:
+    """The model and the tokenizer of the workdir that the ARG of --config=FILE.py:ARG names; very small ones of `tiny`.
+
+    Raises:
+      UserError: there is no ARG, or no such workdir.
+    """
+    if not arg:
+        raise UserError("name the workdir to begin from, such as --config=experiments/assistant/sft.py:runs/q")
+    if arg == "tiny":
+        return llama(width=32, layers=2, heads=4, max_positions=512), TokenizerConfig(vocab_size=512)
+    return model_config(arg), TokenizerConfig(file=str(Path(arg) / "tokenizer.model"))
 
 
 def run(**overrides: Any) -> RunConfig:
