@@ -108,6 +108,42 @@ def test_thinking_calls_results_and_weights():
     )
 
 
+def test_thinking_within_an_answer_is_thinking_where_it_begins_it():
+    def said(content, **more):
+        asked = {"role": "user", "content": "<think>a</think>b"}
+        return conversation({"messages": [asked, {"role": "assistant", "content": content, **more}]})[1:]
+
+    assert said("<think>\nHm.\n\nSo.\n</think>\n\nYes") == (Message("assistant", "Yes", thinking="Hm.\n\nSo."),)
+    for plain in ("Write <think>a</think>.", "<think> and no end"):
+        assert said(plain) == (Message("assistant", plain),)
+    kept = "<think>a</think>b"
+    assert said(kept, thinking="Hm.") == (Message("assistant", kept, thinking="Hm."),)
+    assert conversation({"prompt": "1?", "completion": "<think>a</think>b"})[1] == Message(
+        "assistant", "b", thinking="a"
+    )
+
+
+def test_calls_without_ids_stay_apart_and_arguments_from_parquet_lose_what_is_not_theirs():
+    def calls(*names):
+        return {"role": "assistant", "tool_calls": [{"name": name, "arguments": {"x": 1, "y": None}} for name in names]}
+
+    def result(said, **more):
+        return {"role": "tool", "content": said, **more}
+
+    said = [
+        calls("a", "b"),
+        result("1", tool_call_id="call 0"),
+        calls("c"),
+        result("2"),
+        result("3"),
+        turns(("assistant", "Hello"))[0],
+    ]
+    row = {"messages": [{"role": "user", "content": "Go"}, *said]}
+    results = [turn for turn in conversation(row) if turn.role == "tool"]
+    assert results == [Message("tool", said, name=name) for said, name in (("1", "a"), ("2", "b"), ("3", "c"))]
+    assert conversation(row)[1].calls[0] == ToolCall("a", '{"x": 1}')
+
+
 def test_sharegpts_calls_are_json_and_their_results_come_in_their_order():
     calls = '[{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]'
     row = {

@@ -64,6 +64,7 @@ def test_a_reward_model_goes_there_and_back(folder, tmp_path):
     assert "a llama reward model" in convert(tmp_path / "theirs", tmp_path / "work")
     mine = llmlab.open(tmp_path / "work")
     assert mine.model.config.head == "score"
+    assert (mine.config["objective"]["name"], mine.config["data"]["rows"]) == ("reward", "preference")
     jax.tree.map(np.testing.assert_array_equal, mine.params, params)
     assert "a llama reward model" in convert(tmp_path / "work", tmp_path / "back")
     for name in ("config.json", "model.safetensors"):

@@ -203,6 +203,8 @@ def test_it_goes_into_peft_s_format_and_comes_back_over_weights_that_predict_tok
     assert run(["llmlab", "convert", str(qlora), str(tmp_path / "peft"), "--adapter_only"]) == 0
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
     assert run(["llmlab", "convert", str(tmp_path / "peft"), str(tmp_path / "back"), f"--base={base}"]) == 0
-    mine, theirs = adapter_of(llmlab.open(tmp_path / "back").params), adapter_of(llmlab.open(qlora).params)
+    back = llmlab.open(tmp_path / "back")
+    assert (back.config["objective"]["name"], back.config["data"]["rows"]) == ("reward", "preference")
+    mine, theirs = adapter_of(back.params), adapter_of(llmlab.open(qlora).params)
     assert mine.keys() == theirs.keys()
     jax.tree.map(np.testing.assert_array_equal, mine, theirs)

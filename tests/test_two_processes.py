@@ -1,14 +1,20 @@
 """Two real processes of two fake devices each, over gloo: one run, one end, whoever is told to stop or fails."""
 
+import copy
 import json
+import math
 import signal
 import socket
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmlab.workdir.checkpoints import good_steps
+from tests import stages_for_tests
 from tests.runs import Place, arrays, rows, steps_logged, wait_until
+from tests.stages_for_tests import write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -71,6 +77,28 @@ def test_two_processes_train_the_same_run_as_one(pair, reference):
     assert "2 processes" in json.loads((workdir / "config.json").read_text())["devices"]
     # Each step once: the second process writes nothing.
     assert [row["step"] for row in rows(workdir) if "loss" in row] == list(range(1, 31))
+
+
+def test_two_processes_prefer_as_one_does(pair, alone):
+    """What the reference thinks of the answers is computed by both, and kept once."""
+    folder = write_rows(pair.folder / "answers")
+
+    def at(place, stage):
+        place = copy.copy(place)
+        place.config = f"--config={Path(stages_for_tests.__file__)}:{stage},{folder}"
+        return place
+
+    at(alone, "sft").train(folder / "sft")
+    from_sft = f"--init_from={folder / 'sft'}"
+    train_two(at(pair, "dpo"), folder / "two", from_sft)
+    at(alone, "dpo").train(folder / "one", from_sft)
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), rel=1e-5)
+    assert losses(folder / "one")[0] == pytest.approx(math.log(2), rel=1e-5)
+    kept = [sorted((folder / name / "reference").glob("*/logp.bin")) for name in ("two", "one")]
+    assert [path.parent.name for path in kept[0]] == [path.parent.name for path in kept[1]]
+    assert len(kept[0]) == 2  # what is trained on, and what is held out
+    for two, one in zip(*kept, strict=True):
+        np.testing.assert_allclose(np.fromfile(two, "<f4"), np.fromfile(one, "<f4"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("first_two", [True, False], ids=["two then one", "one then two"])

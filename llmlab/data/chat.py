@@ -17,7 +17,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
 class ToolCall(NamedTuple):
-    """A tool and what it is given, as one string."""
+    """A tool, whose name holds no blank, and what it is given, as one string."""
 
     name: str
     arguments: str
@@ -102,15 +102,15 @@ class ChatTemplate(Protocol):
 
     Attributes:
       stop_ids: what ends an assistant's turn.
-      fingerprint: changes with whatever changes the ids.
+      fingerprint: changes with whatever changes the ids, but for today's date where a template writes it.
     """
 
     stop_ids: tuple[int, ...]
     fingerprint: str
 
     def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
-        """The ids of a conversation, from its one BOS (where the family has one); with `generate` an assistant's turn
-        is opened at the end.
+        """The ids of a conversation, its BOS as the family writes it; with `generate` an assistant's turn is opened at
+        the end.
 
         Raises:
           UserError: the template cannot spell this conversation, or a text holds a lone surrogate.

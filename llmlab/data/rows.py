@@ -1,5 +1,6 @@
 """Rows of chat data, in the shapes that published sets have, as examples. A field that is None counts as absent."""
 
+import itertools
 import json
 import re
 import sys
@@ -15,6 +16,7 @@ _ROLES: dict[Any, Role] = {
     **{"assistant": "assistant", "gpt": "assistant", "function_call": "assistant"},
     **{"tool": "tool", "function": "tool", "observation": "tool"},
 }
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _PAIRS = (("prompt", "completion"), ("instruction", "output"), ("question", "answer"))
 _SHAPES: dict[Rows, str] = {
     "chat": "messages, conversations, prompt and completion, instruction and output, or question and answer",
@@ -182,7 +184,7 @@ def _complete(prompt: Conversation, value: Any, name: str) -> Conversation:
         turns = _turns(value, name)
     else:
         text = _text(value, name)
-        turns = _transcript(text) or (Message("assistant", text),)
+        turns = _transcript(text) or (_answer(text),)
     if turns[0].role in ("assistant", "tool"):
         return _needed(prompt, name) + turns
     if any(turn not in turns[:-1] for turn in prompt):
@@ -285,13 +287,17 @@ def _turn(entry: Any, where: str, open_calls: dict[str, str]) -> Message:
     if given == "function_call":
         calls, content = _written_calls(content), ""
     thinking = next((fields[name] for name in ("reasoning_content", "thinking", "reasoning") if name in fields), "")
-    return Message(
-        role,
-        content,
-        thinking=_text(thinking, "thinking"),
+    thinking = _text(thinking, "thinking")
+    return (Message(role, content, thinking) if thinking else _answer(content))._replace(
         calls=tuple(_call(call, open_calls) for call in calls),
         train=all(_flag(fields[name], name) for name in ("weight", "train") if name in fields),
     )
+
+
+def _answer(text: str) -> Message:
+    """A turn of the assistant, of which some sets write the thinking into the text."""
+    thought = _THOUGHT.match(text)
+    return Message("assistant", text[thought.end() :], thought[1].strip()) if thought else Message("assistant", text)
 
 
 def _content(value: Any, where: str) -> str:
@@ -313,8 +319,10 @@ def _call(entry: Any, open_calls: dict[str, str]) -> ToolCall:
     if arguments is None:
         arguments = ""
     elif not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    open_calls[str(entry.get("id") or f"call {len(open_calls)}")] = name
+        # Parquet gives the arguments of every call the fields of all of them.
+        arguments = json.dumps(_present(arguments) if isinstance(arguments, Mapping) else arguments, ensure_ascii=False)
+    unnamed = (id for number in itertools.count() if (id := f"call {number}") not in open_calls)
+    open_calls[str(entry.get("id") or next(unnamed))] = name
     return ToolCall(_text(name, "name"), _text(arguments, "arguments"))
 
 

@@ -122,7 +122,7 @@ def eval_command(
     if not (config.held_out or tasks or config.needle or talks(opened)):
         raise UserError(NOTHING)
     if config.held_out and rows_of(opened) == "preference":
-        result["pairs"] = told_apart(opened, folder, *text_of(opened.config, config), quiet=quiet)
+        result["pairs"] = told_apart(opened, folder, *_rows_to_evaluate(opened, config), quiet=quiet)
         print(pairs_table(result["pairs"]), file=out, flush=True)
     elif config.held_out:
         result["held_out"] = held_out(opened, folder, config, quiet=quiet)
@@ -177,10 +177,7 @@ def held_out(
     Of text: perplexity and bits per byte, and what `xz -9` makes of it.
     """
     partition = opened.model.partition
-    data, split = text_of(opened.config, config)
-    if partition is not None:
-        devices = partition.size("batch")
-        data = dataclasses.replace(data, batch_size=-(-data.batch_size // devices) * devices)
+    data, split = _rows_to_evaluate(opened, config)
     parts = prepare_parts(data, opened.tokenizer, split, progress=not quiet)
     stores = [store for store, _ in parts]
     evaluate = evaluator_of(opened)
@@ -205,6 +202,13 @@ def held_out(
         **scores,
         **(xz_of(data, split, quiet) if data.rows == "text" else {}),
     }
+
+
+def _rows_to_evaluate(opened: Opened, config: EvalConfig) -> tuple[DataConfig, Split]:
+    """`text_of`, in batches that the devices share evenly."""
+    data, split = text_of(opened.config, config)
+    devices = opened.model.partition.size("batch") if opened.model.partition is not None else 1
+    return dataclasses.replace(data, batch_size=-(-data.batch_size // devices) * devices), split
 
 
 def rows_of(opened: Opened) -> str:

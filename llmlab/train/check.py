@@ -151,7 +151,7 @@ def gradient_rows(experiment: Experiment, partition: Partition) -> Iterator[Comp
     """The gradient of every leaf on the mesh, against one device's, in relative norm."""
     config, accumulate = experiment.model, experiment.optimizer.accumulate
     batch = random_batch(experiment)
-    params = jax.tree.map(np.asarray, make_model(config).init(jax.random.key(0)))
+    params = jax.device_get(jax.jit(make_model(config).init)(jax.random.key(0)))
     token_bytes_V = np.ones(config.vocab_size, np.int32)
     key = jax.random.key(1)
 
@@ -181,7 +181,7 @@ def restore_rows(
     config = experiment.optimizer
     model = make_model(experiment.model, partition)
     optimizer = make_optimizer(config, experiment.run.steps, model.axes)
-    params = jax.tree.map(np.asarray, make_model(experiment.model).init(jax.random.key(0)))
+    params = jax.device_get(jax.jit(make_model(experiment.model).init)(jax.random.key(0)))
     placed = _place(params, partition.shardings(model.axes))
     state = start(placed, optimizer, window=config.skip_window, ema=bool(config.ema))
     state = jax.jit(lambda s: s, out_shardings=state_shardings(model, jax.eval_shape(lambda: state)))(state)

@@ -21,7 +21,7 @@ from llmlab.model.config import ModelConfig
 from llmlab.model.cost import parameter_count
 from llmlab.model.families import Family
 from llmlab.model.transformer import make_model
-from llmlab.objective import next_token
+from llmlab.objective import RewardConfig, next_token
 from llmlab.train.config import Experiment, run, sections_of
 from llmlab.train.optimizer import adamw
 from llmlab.workdir.checkpoints import Checkpoints
@@ -82,11 +82,10 @@ def adapter_to_workdir(folder: Path, base: Path, target: Path) -> str:
     config = sections_of(Workdir(base).read_config()["config"])
     if config.adapter.kind != "none":
         raise UserError(f"{base} is an adapter itself: name the workdir of whole weights")
-    model = dataclasses.replace(config.model, head="score") if peft.is_scorer(folder) else config.model
-    adapter, settings = peft.load_peft(make_model(model), folder)
-    experiment = dataclasses.replace(
-        config, model=model, adapter=settings, run=dataclasses.replace(config.run, init_from=str(base))
-    )
+    if peft.is_scorer(folder) and config.model.head != "score":
+        config = _judging(dataclasses.replace(config, model=dataclasses.replace(config.model, head="score")))
+    adapter, settings = peft.load_peft(make_model(config.model), folder)
+    experiment = dataclasses.replace(config, adapter=settings, run=dataclasses.replace(config.run, init_from=str(base)))
     with new_folder(target) as partial:
         workdir = Workdir(partial)
         shutil.copyfile(Workdir(base).tokenizer, workdir.tokenizer)
@@ -125,6 +124,8 @@ def to_workdir(folder: Path, target: Path, dtype: hf.DType | None = None) -> str
         mesh=MeshConfig(),
         run=run(sample_tokens=min(64, model.config.max_positions - 1)),
     )
+    if model.config.head == "score":
+        experiment = _judging(experiment)
     licence = licence_of(folder)
     with new_folder(target) as partial:
         workdir = Workdir(partial)
@@ -157,6 +158,14 @@ def licence_of(folder: Path) -> str:
     named = fields.get("license_name") or fields.get("license") or fields.get("licence") or ""
     files = sorted(path.name for pattern in ("LICENSE*", "LICENCE*") for path in folder.glob(pattern))
     return ", ".join(filter(None, (named, *files)))
+
+
+def _judging(experiment: Experiment) -> Experiment:
+    """The same for a model that scores: it reads preferences, whose files are still to be named."""
+    data = dataclasses.replace(
+        experiment.data, source="jsonl", rows="preference", files=(), held_out_files=(), mixture=(), packing="best_fit"
+    )
+    return dataclasses.replace(experiment, data=data, objective=RewardConfig())
 
 
 def _save(workdir: Workdir, trainable: Any) -> None:
