@@ -36,6 +36,7 @@ FLAGS = {
         "workdir",
         "conversations",
         "turn_tokens",
+        "turn_temperature",
         "tasks",
         "few_shot",
         "source",

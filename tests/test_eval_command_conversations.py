@@ -12,6 +12,7 @@ from llmlab.data.config import DataConfig
 from llmlab.data.sources import Document
 from llmlab.eval import command
 from llmlab.eval.command import EvalConfig, eval_command, talks
+from llmlab.verbs.common import CHAT_TEMPERATURE
 from tests import scripted
 from tests.scripted import says
 from tests.test_eval_conversations import PLAIN, SUM, TOOLS
@@ -62,6 +63,17 @@ def test_settings_of_the_answers(monkeypatch, tmp_path, rows_read):
     assert (scores["answers"], scores["ended"], scores["tokens"]) == (2, 0.0, 3.0)
     result, _ = evaluated(tmp_path, "preference")
     assert result["conversations"]["answers"] == 3
+
+
+def test_answers_are_drawn_as_in_a_chat(monkeypatch, tmp_path, rows_read):
+    says(monkeypatch, lambda prompt, seed: "so on")
+    drawn, measure = [], command.conversations.measure
+    monkeypatch.setattr(
+        command.conversations, "measure", lambda *a, **k: drawn.append(k["temperature"]) or measure(*a, **k)
+    )
+    evaluated(tmp_path, temperature=0.3)
+    evaluated(tmp_path, turn_temperature=0.0)
+    assert drawn == [CHAT_TEMPERATURE, 0.0]
 
 
 def test_what_does_not_talk_is_not_asked(tmp_path):

@@ -5,26 +5,21 @@ Every answer has one form, `name: summary`, so that a model of a few million par
 
 import itertools
 import random
-import re
 from collections.abc import Iterator, Sequence
 
 from llmlab.data.chat import Conversation, Example, Message, Response, ToolCall
 from llmlab.data.library import Entry
 from llmlab.data.split import Split, place, takes
-from llmlab.data.tools import TOOLS, lookup
+from llmlab.data.tools import TOOLS
 
 SHARES = {"function": 0.33, "module_or_multi_turn": 0.09, "sum": 0.34, "lookup": 0.24}
-QUESTIONS_EACH = 3  # in training; they set the size of all the rest
-# Of what is trained on, never asked about but only looked up: where an answer is known by heart, none is learned to be
-# read from what a tool gives.
-LOOKED_UP_SHARE = 0.4
+QUESTIONS_EACH = 2  # in training; they set the size of all the rest
 HELD_OUT_CONVERSATIONS = 500
 HELD_OUT_MODULES = 20
 HELD_OUT_SUMS = 0.05
 SMALL_TALK_EACH = 4
 SYSTEM_SHARE = 0.1
-NOTHING_SHARE = 0.15  # of look-ups, of names that no library has
-UNKNOWN_TRIES = 20
+NOTHING_SHARE = 0.05
 LONGEST_ARGUMENTS = 60
 
 QUESTIONS = {
@@ -98,6 +93,8 @@ SMALL_TALK = {
     "I explain functions and modules, calculate, and look things up.": ("What can you do?", "Help", "help me"),
     "Goodbye.": ("Bye", "Goodbye.", "See you.", "bye"),
 }
+UNKNOWN = ("lantern", "walnut", "gravel", "pillow", "teapot", "meadow", "anchor", "velvet", "copper", "saddle")
+UNKNOWN_DEEDS = ("untie", "polish", "borrow", "sweep", "whistle", "unfold", "season", "paddle", "knit", "rinse")
 
 Named = tuple[str, Conversation]
 
@@ -107,29 +104,20 @@ def examples(entries: Sequence[Entry], side: Split) -> Iterator[tuple[str, Examp
 
     The kinds are function, module, multi_turn, sum, lookup and, in training, small_talk.
     """
-    asked = looked_up = entries
-    if side == "train":
-        asked = [entry for entry in entries if not only_looked_up(entry)]
-        looked_up = [entry for entry in entries if only_looked_up(entry)]
     makers: dict[str, Iterator[Named]] = {
-        "function": _about(asked, ("function", "class")),
-        "module": _about(asked, ("module",)),
-        "multi_turn": _multi_turns(asked, looked_up, side),
+        "function": _about(entries, ("function", "class")),
+        "module": _about(entries, ("module",)),
+        "multi_turn": _multi_turns(entries, side),
         "sum": _sums(side),
-        "lookup": _lookups(looked_up),
+        "lookup": _lookups(entries),
         "small_talk": _small_talk(),
     }
     made = [
         (f"{kind}/{name}", Example((Response(conversation),), kind))
-        for kind, number in _sizes(asked, side).items()
+        for kind, number in _sizes(entries, side).items()
         for name, conversation in itertools.islice(makers[kind], number)
     ]
     yield from sorted(made, key=lambda each: place(each[0]))
-
-
-def only_looked_up(entry: Entry) -> bool:
-    """Whether conversations that are trained on never ask about it."""
-    return place(f"looked up {entry.name}") < LOOKED_UP_SHARE
 
 
 def question(entry: Entry, number: int) -> str:
@@ -174,8 +162,8 @@ def _about(entries: Sequence[Entry], kinds: Sequence[str]) -> Iterator[Named]:
         yield name, (*opening(_random("about", name)), *_said(question(entry, turn), answer(entry)))
 
 
-def _multi_turns(entries: Sequence[Entry], looked_up: Sequence[Entry], side: Split) -> Iterator[Named]:
-    sums, lookups = _sums(side, "multi_turn"), _lookups(looked_up)
+def _multi_turns(entries: Sequence[Entry], side: Split) -> Iterator[Named]:
+    sums, lookups = _sums(side, "multi_turn"), _lookups(entries)
     siblings: dict[str, list[Entry]] = {}
     for entry in entries:
         siblings.setdefault(entry.parent, []).append(entry)
@@ -214,25 +202,15 @@ def _sums(side: Split, purpose: str = "sum") -> Iterator[Named]:
 
 
 def _lookups(entries: Sequence[Entry]) -> Iterator[Named]:
-    parts = sorted({part for entry in entries for part in re.split(r"[._]", entry.name) if part})
     for turn, entry in cycle(entries, ("function", "class", "module")):
         rng = _random("lookup", entry.name, turn)
-        if rng.random() < NOTHING_SHARE and (name := _unknown(parts, rng)):
+        if rng.random() < NOTHING_SHARE:
+            name = f"{rng.choice(UNKNOWN)}.{rng.choice(UNKNOWN_DEEDS)}"
             asked = rng.choice(LOOK_UP[:-1]).format(name=name)
             yield f"{name}/{entry.name}/{turn}", _called(asked, "lookup", name, f"I found nothing about {name}.")
         else:
             asked = _named(rng.choice(LOOK_UP if entry.parent else LOOK_UP[:-1]), entry)
             yield f"{entry.name}/{turn}", _called(asked, "lookup", entry.name, "{}")
-
-
-def _unknown(parts: Sequence[str], rng: random.Random) -> str:
-    """A name of such parts that is near no other, so that its look-up tells of none, held out or not; or ""."""
-    for _ in range(UNKNOWN_TRIES):
-        module, *others = rng.sample(parts, rng.randint(2, 5))
-        name = ".".join([module, *("_".join(others[place : place + 3]) for place in range(0, len(others), 3))])
-        if lookup(name) == "nothing found":
-            return name
-    return ""
 
 
 def _small_talk() -> Iterator[Named]:

@@ -52,7 +52,7 @@ class EvalConfig:
     source, files, field: other text instead, as in the `data` section; files alone are of the run's source, or text.
     split: which part of the text; empty for held_out, or, where `source` and `files` name other text, for all of it.
     conversations: where the run is of conversations, measure what the model answers to those that it has not seen, in
-    turns of at most turn_tokens.
+    turns of at most turn_tokens, drawn at turn_temperature.
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
     else from the task's other rows. limit: the first so many rows of each task, or conversations; 0 is all, or 500.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
@@ -68,6 +68,7 @@ class EvalConfig:
     split: str = ""
     conversations: bool = True
     turn_tokens: int = 256
+    turn_temperature: float = 0.7
     tasks: tuple[str, ...] = ()
     few_shot: int = 0
     few_shot_file: str = ""
@@ -83,8 +84,8 @@ class EvalConfig:
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        least_of = {"few_shot": 0, "limit": 0, "turn_tokens": 1, "max_tokens": 1, "batch_size": 0, "temperature": 0}
-        for name, least in least_of.items():
+        zero_or_more = ("few_shot", "limit", "batch_size", "temperature", "turn_temperature")
+        for name, least in {"turn_tokens": 1, "max_tokens": 1, **dict.fromkeys(zero_or_more, 0)}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)} should be at least {least}")
         if self.split and self.split not in SPLITS:
@@ -238,7 +239,7 @@ def answers(opened: Opened, config: EvalConfig, tools: Tools, *, quiet: bool = F
             max_tokens=min(config.turn_tokens, max(1, opened.model.config.max_positions // 2)),
             batch_size=config.batch_size or Generation().batch_size,
             seed=config.seed,
-            temperature=config.temperature,
+            temperature=config.turn_temperature,
             progress=advance,
         )
 

@@ -14,6 +14,8 @@ from llmlab.core.flags import none_left
 if TYPE_CHECKING:
     from llmlab.train.config import Experiment
 
+CHAT_TEMPERATURE = 0.7
+
 
 class Verb(NamedTuple):
     """`define` declares the flags, with their help; `run` gets them parsed, and what was no flag."""

@@ -10,7 +10,7 @@ from absl.flags import FlagValues
 
 from llmlab.core.errors import UserError
 from llmlab.core.flags import define_workdir, none_left, required
-from llmlab.verbs.common import Verb, start_jax, tools
+from llmlab.verbs.common import CHAT_TEMPERATURE, Verb, start_jax, tools
 
 
 def _define_eval(flags: FlagValues, argv: list[str]) -> None:
@@ -22,6 +22,12 @@ def _define_eval(flags: FlagValues, argv: list[str]) -> None:
     f.DEFINE_string("split", "", "Which part of it: held_out, train, all.", flag_values=flags)
     f.DEFINE_bool("conversations", True, "Measure the answers of a model of conversations.", flag_values=flags)
     f.DEFINE_integer("turn_tokens", 256, "The longest turn of these.", flag_values=flags)
+    f.DEFINE_float(
+        "turn_temperature",
+        CHAT_TEMPERATURE,
+        "How they are drawn: as `llmlab chat` does. 0 may repeat itself.",
+        flag_values=flags,
+    )
     f.DEFINE_list("tasks", [], "JSON lines files: choices, or answers to generate.", flag_values=flags)
     f.DEFINE_integer("few_shot", 0, "Solved examples before each question.", flag_values=flags)
     f.DEFINE_string("few_shot_file", "", "Where they come from; empty: the task's other rows.", flag_values=flags)

@@ -6,7 +6,7 @@ from absl import flags as f
 from absl.flags import FlagValues
 
 from llmlab.core.flags import define_workdir, none_left, required
-from llmlab.verbs.common import Verb, define_sampling, sampling, start_jax, tools
+from llmlab.verbs.common import CHAT_TEMPERATURE, Verb, define_sampling, sampling, start_jax, tools
 
 
 def _define_sample(flags: FlagValues, argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def _sample(flags: FlagValues, rest: list[str]) -> None:
 def _define_chat(flags: FlagValues, argv: list[str]) -> None:
     define_workdir(flags, "The run to talk with.")
     f.DEFINE_string("system", "", "What the conversation begins with.", flag_values=flags)
-    define_sampling(flags, max_tokens=256, temperature=0.7)
+    define_sampling(flags, max_tokens=256, temperature=CHAT_TEMPERATURE)
     f.DEFINE_bool("tools", True, "Run the calculator and the look-ups that the model calls.", flag_values=flags)
 
 
