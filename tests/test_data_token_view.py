@@ -140,6 +140,7 @@ def test_conversations_are_shown_with_what_is_learned_of_them(chats):
     expected = (CHAT + PAIR + STEPS).replace("{file}", str(chats))
     assert shown(chats) == expected + "4 conversations, 65 tokens, 24 learned (in brackets), 36.9%\n"
     assert shown(chats, limit=0) == shown(chats)
+    assert shown(chats, limit=1).endswith("; there are more rows: --limit=0 shows all\n")
 
 
 def test_what_is_learned_is_green_and_nothing_else_is(chats):

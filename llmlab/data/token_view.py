@@ -59,7 +59,8 @@ def chat_command(
     if limit < 0:
         raise UserError(f"--limit={limit} should be a number of rows, or 0 for all")
     conversations = tokens = learned = 0
-    for row in itertools.islice(_rows_in(Path(file)), limit or None):
+    rows_in = iter(_rows_in(Path(file)))
+    for row in itertools.islice(rows_in, limit or None):
         if isinstance(row, BadInput):
             raise UserError(str(row))
         kind = rows or guess_rows(row.fields) or "chat"
@@ -82,9 +83,9 @@ def chat_command(
                 learned += sum(rendered.mask)
     how = "in green" if color else "in brackets"
     share = f", {learned / tokens:.1%}" if tokens else ""
-    out.write(
-        f"{_plural(conversations, 'conversation')}, {_plural(tokens, 'token')}, {learned} learned ({how}){share}\n"
-    )
+    more = "; there are more rows: --limit=0 shows all" if next(rows_in, None) is not None else ""
+    counted = f"{_plural(conversations, 'conversation')}, {_plural(tokens, 'token')}"
+    out.write(f"{counted}, {learned} learned ({how}){share}{more}\n")
 
 
 def render_conversation(tokenizer: Tokenizer, template: ChatTemplate, rendered: Rendered, *, color: bool) -> str:
