@@ -41,7 +41,7 @@ def test_each_stage_comes_after_the_one_it_began_from_with_its_own_measures(tmp_
     assert ("a_reward", "held-out pairs told apart", "50.0%", "93.5%") in cells
     assert ("a_reward", "pairs told apart: rude", "100.0%") in cells
     page = path.read_text()
-    assert "sft/report.html" in page
+    assert '<a href="sft/report.html">sft/report.html</a>' in page
     assert "93.5%" in page
 
 

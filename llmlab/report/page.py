@@ -1,6 +1,7 @@
 """The HTML around a report: one file, no script, nothing fetched, light or dark as the reader's system is."""
 
 import html
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -61,6 +62,11 @@ def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
         ],
         "</div>",
     )
+
+
+def link(target: str) -> Html:
+    """A way to another page, by its path from this one."""
+    return Html(f'<a href="{escape(urllib.parse.quote(target))}">{escape(target)}</a>')
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from llmlab.core.errors import UserError
 from llmlab.core.paths import write_atomic
-from llmlab.report.page import page, section, table
+from llmlab.report.page import link, page, section, table
 from llmlab.report.read import Run, number, read_run
 from llmlab.report.run_page import progress_text
 
@@ -44,7 +44,7 @@ def write_stages_report(folder: str | os.PathLike[str]) -> tuple[Path, str]:
     rows = [row for run in runs for row in _rows(run)]
     path = Path(folder).expanduser() / "report.html"
     done = sum(run.step >= run.steps for run in runs)
-    links = [(run.name, progress_text(run), f"{run.name}/report.html") for run in runs]
+    links = [(run.name, progress_text(run), link(f"{run.name}/report.html")) for run in runs]
     sections = [
         section("stages", "Stage by stage", table(HEADERS, rows)),
         section("runs", "Their runs", table(("stage", "state", "its own page"), links)),
