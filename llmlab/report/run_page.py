@@ -21,7 +21,7 @@ TITLES = {
     "logp": "Log-probability of an answer",
     "logp_per_token": "Log-probability per token",
     "tokens": "Tokens in an answer",
-    "reference_kl": "KL from the reference",
+    "reference_kl": "Mean log-ratio to the reference",
     "brier": "Brier score",
 }
 
