@@ -6,7 +6,7 @@ share it.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,13 +15,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from llmlab.core.errors import UserError
-from llmlab.core.mesh import Partition
+from llmlab.infer.decoder import Decoder, ready, ready_for_steps
 from llmlab.infer.sampling import repetition_penalty as penalise
 from llmlab.infer.sampling import sample
-from llmlab.model import weights
 from llmlab.model.score import check_predicts_tokens
 from llmlab.model.transformer import unembed
-from llmlab.model.types import Cache, Inputs, Model, Out, Params
+from llmlab.model.types import Cache, Inputs, Model, Params
 
 Settings = dict[str, np.ndarray]
 
@@ -58,7 +57,7 @@ def generate(
     prompt_BT, lengths_B = _checked(model, prompt_BT, prompt_lengths_B, max_tokens)
     rows, time = prompt_BT.shape
     new_BT, count_B = _generate(
-        _Decoder.of(model),
+        Decoder.of(model),
         params,
         _padded(prompt_BT),
         lengths_B,
@@ -142,16 +141,16 @@ def stream(
     """
     prompt_BT, lengths_B = _checked(model, np.asarray(prompt)[None], None, max_tokens)
     settings = _settings(temperature, top_k, top_p, min_p, repetition_penalty)
-    decoder, seeds_B, capacity = _Decoder.of(model), _seeds(seed, 1), bucket(prompt_BT.shape[1] + max_tokens)
+    decoder, seeds_B, capacity = Decoder.of(model), _seeds(seed, 1), bucket(prompt_BT.shape[1] + max_tokens)
 
     def ids() -> Iterator[int]:
-        ready = _ready(decoder, params)
-        cache, state = _first(decoder, ready, _padded(prompt_BT), lengths_B, seeds_B, settings, capacity=capacity)
+        weights = ready(decoder, params)
+        cache, state = _first(decoder, weights, _padded(prompt_BT), lengths_B, seeds_B, settings, capacity=capacity)
         for step in range(max_tokens):
             token_B = state.token_B
             # The next step starts before this token is looked at: the device does not wait for the reader.
             if step + 1 < max_tokens:
-                cache, state = _one_more(decoder, ready, cache, state, seeds_B, settings)
+                cache, state = _one_more(decoder, weights, cache, state, seeds_B, settings)
             token = int(np.asarray(token_B)[0])
             yield token
             if token in stop_ids:
@@ -166,25 +165,6 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-class _Decoder(NamedTuple):
-    """What of a model decoding needs, hashable: the static argument that compiled functions are cached by."""
-
-    apply: Callable[..., Out]
-    head: Callable[[Params], jax.Array]
-    init_cache: Callable[[int, int], Cache]
-    unstack: Callable[[Params], Params]
-    partition: Partition | None
-    softcap: float | None
-    dtype: str
-    max_positions: int
-
-    @classmethod
-    def of(cls, model: Model) -> "_Decoder":
-        c = model.config
-        parts = (model.apply, model.head, model.init_cache, model.unstack, model.partition)
-        return cls(*parts, c.logit_softcap, c.dtype, c.max_positions)
-
-
 class _State(NamedTuple):
     """Between two tokens: the one just drawn, where it goes, what the rows have seen, and whether they have ended."""
 
@@ -196,7 +176,7 @@ class _State(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("capacity", "room"))
 def _generate(
-    decoder: _Decoder,
+    decoder: Decoder,
     params: Params,
     prompt_BT: jax.Array,
     lengths_B: jax.Array,
@@ -209,7 +189,7 @@ def _generate(
     room: int,
 ) -> tuple[jax.Array, jax.Array]:
     """(new_BT, count_B): at most `max_tokens` (at most `room`) new ids a row, and how many are real."""
-    params = _ready_for_steps(decoder, params)
+    params = ready_for_steps(decoder, params)
 
     def ended(state: _State) -> _State:
         return state._replace(done_B=state.done_B | jnp.isin(state.token_B, stop_ids))
@@ -236,7 +216,7 @@ def _generate(
 
 
 def _start(
-    decoder: _Decoder,
+    decoder: Decoder,
     params: Params,
     prompt_BT: jax.Array,
     lengths_B: jax.Array,
@@ -262,7 +242,7 @@ def _start(
 
 
 def _advance(
-    decoder: _Decoder, params: Params, cache: Cache, state: _State, seeds_B: jax.Array, settings: Settings
+    decoder: Decoder, params: Params, cache: Cache, state: _State, seeds_B: jax.Array, settings: Settings
 ) -> tuple[Cache, _State]:
     """One token a row into the cache, and the next one drawn. A row that has ended is padding."""
     inputs = Inputs(state.token_B[:, None], state.position_B[:, None], (~state.done_B)[:, None].astype(jnp.int32))
@@ -290,17 +270,6 @@ def _draw(
     return _State(token_B, position_B, seen_BV, done_B)
 
 
-def _ready_for_steps(decoder: _Decoder, params: Params) -> Params:
-    """One entry a layer, matrices in the compute dtype: what would otherwise be done again at every token."""
-
-    def cast(leaf: Any) -> Any:
-        matrix = not isinstance(leaf, weights.WeightLeaf) and leaf.ndim > 1
-        return leaf.astype(decoder.dtype) if matrix else leaf
-
-    return jax.tree.map(cast, decoder.unstack(params), is_leaf=lambda leaf: isinstance(leaf, weights.WeightLeaf))
-
-
-_ready = jax.jit(_ready_for_steps, static_argnums=0)
 _first = jax.jit(_start, static_argnums=0, static_argnames="capacity")
 _one_more = jax.jit(_advance, static_argnums=0, donate_argnums=2)
 

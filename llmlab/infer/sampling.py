@@ -1,7 +1,8 @@
 """From logits to a token: filters, the repetition penalty, and the draw.
 
 Every setting is a number or an array [B], one for each row, so that one compiled function serves different requests at
-once. A filter that is off by a Python number costs nothing; only `top_k` and `top_p` need a sort, and share one.
+once. A filter that is off by a Python number costs nothing, and what no row of an array asks for is not computed; only
+`top_k` and `top_p` need a sort, and share one.
 """
 
 import jax
@@ -35,7 +36,12 @@ def filter_logits(
         logits_BV = logits_BV / jnp.where(temperature_B1 > 0, temperature_B1, 1).astype(logits_BV.dtype)
     floor_B1 = jnp.full((logits_BV.shape[0], 1), -jnp.inf, logits_BV.dtype)
     if not (_is(top_k, 0) and _is(top_p, 1.0)):
-        floor_B1 = _floor(jnp.sort(logits_BV, axis=-1, descending=True), _column(top_k), _column(top_p))
+        top_k_B1, top_p_B1 = _column(top_k), _column(top_p)
+        floor_B1 = jax.lax.cond(
+            jnp.any(top_k_B1 > 0) | jnp.any(top_p_B1 < 1),
+            lambda: _floor(jnp.sort(logits_BV, axis=-1, descending=True), top_k_B1, top_p_B1),
+            lambda: floor_B1,
+        )
     if not _is(min_p, 0.0):
         highest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
         relative_B1 = jnp.minimum(_column(min_p), 1).astype(logits_BV.dtype)
@@ -48,6 +54,30 @@ def repetition_penalty(logits_BV: jax.Array, seen_BV: jax.Array, penalty: ArrayL
     penalty_B1 = _column(penalty).astype(logits_BV.dtype)
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, penalised_BV, logits_BV)
+
+
+def penalties(
+    logits_BV: jax.Array,
+    in_prompt_BV: jax.Array,
+    count_BV: jax.Array,
+    *,
+    repetition: ArrayLike = 1.0,
+    presence: ArrayLike = 0.0,
+    frequency: ArrayLike = 0.0,
+) -> jax.Array:
+    """Logits of tokens that were there before made smaller: the repetition penalty where they stand in the prompt or
+    what was written, and presence + frequency · count by how often they were written (as OpenAI's API defines the two).
+    """
+    logits_BV = repetition_penalty(logits_BV, in_prompt_BV | (count_BV > 0), repetition)
+    presence_B1, frequency_B1 = (_column(value).astype(logits_BV.dtype) for value in (presence, frequency))
+    return logits_BV - presence_B1 * (count_BV > 0) - frequency_B1 * count_BV
+
+
+def allowed_only(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+    """-inf where the bit of a token is 0: token v's is bit v mod 32 of word v // 32, uint32."""
+    ids_V = jnp.arange(logits_BV.shape[-1], dtype=jnp.uint32)
+    bits_BV = jnp.take(allowed_BW, ids_V // 32, axis=-1) >> (ids_V % 32)[None]
+    return jnp.where((bits_BV & 1) > 0, logits_BV, -jnp.inf)
 
 
 def sample(

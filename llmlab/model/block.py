@@ -38,16 +38,16 @@ class Block(Layer):
         self.mlp = mlp(c, self.partition, self.stack)
 
     def __call__(
-        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
+        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, filled: caches.Filled | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None, Metrics]:
         c = self.config
         aux: Metrics = {}
         with jax.named_scope("mamba" if self.kind == "mamba" else "attention"):
             read_BTD = self.mixer_norm(x_BTD) if c.norm_before else x_BTD
             if self.kind == "mamba":
-                added_BTD, cache = self.mamba(read_BTD, inputs, lengths_B, cache)
+                added_BTD, cache = self.mamba(read_BTD, inputs, filled, cache)
             else:
-                added_BTD, cache = self.attention(read_BTD, inputs, rotary, lengths_B, cache)
+                added_BTD, cache = self.attention(read_BTD, inputs, rotary, filled, cache)
             added_BTD = self.mixer_norm_after(added_BTD) if c.norm_after else added_BTD
             x_BTD = self.constrain(x_BTD + added_BTD, "batch", "time", "act_embed")
         if not c.has_mlp(self.kind):

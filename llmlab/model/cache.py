@@ -6,25 +6,42 @@ by a `CacheSpec`, and only the layer looks inside.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llmlab.core.mesh import Axes
+from llmlab.model.pages import Pool, empty_pool, read_pages, write_pages
 
 
 class CacheSpec(NamedTuple):
-    """One array that a layer keeps: the shape of one row of it, and the logical axes of all of it, rows first."""
+    """One array that a layer keeps: the shape of one row of it, and the logical axes of all of it, rows first.
+
+    grows: with every token, one slot each, so that it may lie in pages.
+    """
 
     shape: tuple[int, ...]
     axes: Axes
     dtype: DTypeLike
+    grows: bool = False
 
     def empty(self, batch: int) -> jax.Array:
         """[B, *shape]."""
         return jnp.zeros((batch, *self.shape), self.dtype)
+
+    def pool(self, pages: int, size: int, *, int8: bool) -> Pool:
+        """Pages of what grows."""
+        heads, _, width = self.shape
+        return empty_pool(pages, heads, size, width, self.dtype, int8=int8)
+
+
+class Filled(NamedTuple):
+    """How many tokens each row has in the cache, and the pages that they lie in, where it has pages."""
+
+    lengths_B: jax.Array
+    table_BP: jax.Array | None = None
 
 
 class Slots(NamedTuple):
@@ -84,18 +101,28 @@ def seen_with(
     new: dict[str, jax.Array],
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
-    lengths_B: jax.Array | None,
-    cache: dict[str, jax.Array] | None,
+    filled: Filled | None,
+    cache: dict[str, Any] | None,
     window: int | None,
-) -> tuple[Seen, dict[str, jax.Array] | None]:
+) -> tuple[Seen, dict[str, Any] | None]:
     """What is seen once these new tokens, [B, T, K, H] by name, are there; and the cache with them written, if any."""
     if cache is None:
         return Seen(new, positions_BT, segment_ids_BT, segment_ids_BT), None
-    assert lengths_B is not None
-    time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
+    assert filled is not None
+    lengths_B = filled.lengths_B
     # A row of a cache is one document.
     q_segment_ids_BT = (segment_ids_BT > 0).astype(jnp.int32)
     added_B = jnp.sum(q_segment_ids_BT, axis=1, dtype=jnp.int32)
+    if isinstance(next(iter(cache.values())), Pool):
+        assert filled.table_BP is not None
+        pools = {
+            name: write_pages(pool, new[name], filled.table_BP, lengths_B, segment_ids_BT > 0)
+            for name, pool in cache.items()
+        }
+        kept = {name: read_pages(pool, filled.table_BP, new[name].dtype) for name, pool in pools.items()}
+        held = held_by(lengths_B + added_B, next(iter(kept.values())).shape[1])
+        return Seen(kept, *held, q_segment_ids_BT), pools
+    time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
     after = slots_after(lengths_B, added_B, time, slots)
     written = {name: write(kept_BKSH, new[name], after.index_BT) for name, kept_BKSH in cache.items()}
     if time == 1 or window is None:

@@ -32,11 +32,13 @@ class LatentAttention(Attention):
         latent, slots = self.config.latent, min(capacity, self.window or capacity)
         axes, dtype = ("batch", None, None, None), jnp.dtype(self.config.dtype)
         sizes = {"latent_B1SR": latent.kv_rank, "turned_key_B1SH": latent.rope_dim}
-        return {name: caches.CacheSpec((1, slots, size), axes, dtype) for name, size in sizes.items()}
+        return {
+            name: caches.CacheSpec((1, slots, size), axes, dtype, self.window is None) for name, size in sizes.items()
+        }
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
+        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, filled: caches.Filled | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
         c, latent = self.config, self.config.latent
         assert rotary is not None
@@ -53,7 +55,7 @@ class LatentAttention(Attention):
         turned_BTNH = rotate(q_BTNH[..., latent.nope_dim :], rotary, c.rope.interleaved)
         q_BTNH = jnp.concatenate([q_BTNH[..., : latent.nope_dim], turned_BTNH], axis=-1)
         q_BTNH = self.constrain(q_BTNH, "batch", "time", "act_heads", None)
-        seen, cache = caches.seen_with(new, inputs.positions_BT, inputs.segment_ids_BT, lengths_B, cache, self.window)
+        seen, cache = caches.seen_with(new, inputs.positions_BT, inputs.segment_ids_BT, filled, cache, self.window)
         k_BSNH, v_BSNH = self._keys_and_values(seen.kept["latent_B1SR"][:, :, 0], seen.kept["turned_key_B1SH"])
         out_BTNH = attention(
             q_BTNH,

@@ -40,12 +40,13 @@ class Attention(Layer):
         """Keys and values, for as many tokens as this layer can ever look back."""
         c = self.config
         slots = min(capacity, self.window or capacity)
-        spec = caches.CacheSpec((c.K, slots, c.H), ("batch", "kv_heads", None, "head_dim"), jnp.dtype(c.dtype))
+        axes = ("batch", "kv_heads", None, "head_dim")
+        spec = caches.CacheSpec((c.K, slots, c.H), axes, jnp.dtype(c.dtype), grows=self.window is None)
         return {"k_BKSH": spec, "v_BKSH": spec}
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, lengths_B: jax.Array | None, cache: dict | None
+        self, x_BTD: jax.Array, inputs: Inputs, rotary: Rotary | None, filled: caches.Filled | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
         c = self.config
         of_queries = ((c.width, c.heads, c.H), ("embed", "heads", "head_dim"))
@@ -67,7 +68,7 @@ class Attention(Layer):
             {"k_BKSH": k_BSKH, "v_BKSH": v_BSKH},
             inputs.positions_BT,
             inputs.segment_ids_BT,
-            lengths_B,
+            filled,
             cache,
             self.window,
         )

@@ -37,7 +37,7 @@ class Mamba(Layer):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, inputs: Inputs, lengths_B: jax.Array | None, cache: dict | None
+        self, x_BTD: jax.Array, inputs: Inputs, filled: caches.Filled | None, cache: dict | None
     ) -> tuple[jax.Array, dict | None]:
         c, s, N, dtype = self.config, self.config.ssm, self.config.ssm_heads, accumulation_dtype(x_BTD.dtype)
         heads: Axes = ("heads", "head_dim")
@@ -55,7 +55,7 @@ class Mamba(Layer):
         )
         # The recurrence runs along time: with time sharded, its inputs are gathered here.
         segment_ids_BT = self.constrain(inputs.segment_ids_BT, "batch", None)
-        kept = {} if cache is None else _of_rows(cache, lengths_B)
+        kept = {} if cache is None else _of_rows(cache, filled)
         x_BTNH, x_BWC = self._convolved(x_BTNH, "conv_x_WNH", heads, segment_ids_BT, kept.get("x_BWC"))
         b_BTKZ, b_BWC = self._convolved(b_BTKZ, "conv_b_WKZ", (None, None), segment_ids_BT, kept.get("b_BWC"))
         c_BTKZ, c_BWC = self._convolved(c_BTKZ, "conv_c_WKZ", (None, None), segment_ids_BT, kept.get("c_BWC"))
@@ -111,10 +111,10 @@ class Gate(Layer):
         return out_BTNH.astype(y_BTNH.dtype)
 
 
-def _of_rows(cache: dict, lengths_B: jax.Array | None) -> dict:
+def _of_rows(cache: dict, filled: caches.Filled | None) -> dict:
     """The cache, zero in rows of no tokens: what it holds there is of a row before, as with keys and values."""
-    assert lengths_B is not None
-    fresh_B = lengths_B == 0
+    assert filled is not None
+    fresh_B = filled.lengths_B == 0
     return {
         name: jnp.where(jnp.expand_dims(fresh_B, tuple(range(1, kept.ndim))), 0, kept) for name, kept in cache.items()
     }

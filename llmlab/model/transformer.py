@@ -99,6 +99,18 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         layers = tuple(caches.empty(block.cache_specs(capacity), batch) for block in blocks)
         return {"lengths_B": jnp.zeros(batch, jnp.int32), "layers": layers}
 
+    def init_pages(rows: int, pages: int, size: int, *, int8: bool = False) -> Cache:
+        def kept(spec: caches.CacheSpec) -> Any:
+            whole = (None, *spec.axes[1:])
+            place = partition.constrain if partition is not None else lambda x, *axes: x
+            if not spec.grows:
+                return place(spec.empty(rows), *whole)
+            return jax.tree.map(lambda x: place(x, *whole[: x.ndim]), spec.pool(pages, size, int8=int8))
+
+        specs = [block.cache_specs(config.max_positions) for block in blocks]
+        layers = tuple({name: kept(spec) for name, spec in of_layer.items()} for of_layer in specs)
+        return {"lengths_B": jnp.zeros(rows, jnp.int32), "layers": layers}
+
     def unstack(params: Params) -> Params:
         return params | {"layers": _split(config, params["layers"])}
 
@@ -115,6 +127,7 @@ def make_model(config: ModelConfig, partition: Partition | None = None) -> Model
         logits=logits,
         score=score,
         init_cache=init_cache,
+        init_pages=init_pages,
         unstack=unstack,
         post_step=post_step,
         axes=_logical_axes(boxed_init),
@@ -175,14 +188,13 @@ def _run_stack(
     """All blocks in order: scanned over periods of the pattern where asked, else unrolled; decoding counts nothing."""
     if cache is not None:
         kept = []
+        filled = caches.Filled(cache["lengths_B"], cache.get("table_BP"))
         for block, params, layer_cache in zip(blocks, _split(config, layers), cache["layers"], strict=True):
-            out: Any = block.apply(
-                {"params": params}, x_BTD, inputs, rotary[block.kind], cache["lengths_B"], layer_cache
-            )
+            out: Any = block.apply({"params": params}, x_BTD, inputs, rotary[block.kind], filled, layer_cache)
             x_BTD, written, _ = out
             kept.append(written)
         lengths_B = cache["lengths_B"] + jnp.sum(inputs.segment_ids_BT > 0, axis=1, dtype=jnp.int32)
-        return x_BTD, {"lengths_B": lengths_B, "layers": tuple(kept)}, {}
+        return x_BTD, cache | {"lengths_B": lengths_B, "layers": tuple(kept)}, {}
 
     def run(block: Block, params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Metrics]:
         def call(params: Any, x_BTD: jax.Array) -> tuple[jax.Array, Metrics]:

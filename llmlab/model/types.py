@@ -44,6 +44,8 @@ class Model(NamedTuple):
     score(params, hidden_BTD) -> score_BT in at least float32, of a reward model (`config.head`), which has neither of
       those two; the one that a model lacks raises UserError.
     init_cache(batch, capacity) -> an empty cache for this many rows of so many tokens; more must not be fed to it.
+    init_pages(rows, pages, size, *, int8=False) -> one whose layers that look back to the beginning keep their tokens
+      in pages of so many, by `cache["table_BP"]`, which the caller adds; what other layers keep has this many rows.
     unstack(params) -> the same weights with one entry a layer, for steps so short that splitting stacks would cost.
     post_step(params, aux) -> params, with what moves after a step by no gradient: `aux` is that of the whole batch.
     axes: the logical axes of every parameter, a tree like the parameters'.
@@ -57,6 +59,7 @@ class Model(NamedTuple):
     logits: Callable[[Params, jax.Array], jax.Array]
     score: Callable[[Params, jax.Array], jax.Array]
     init_cache: Callable[[int, int], Cache]
+    init_pages: Callable[..., Cache]
     unstack: Callable[[Params], Params]
     post_step: Callable[[Params, Metrics], Params]
     axes: Any

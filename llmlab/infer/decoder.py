@@ -1,0 +1,44 @@
+"""What of a model decoding needs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from llmlab.core.mesh import Partition
+from llmlab.model import weights
+from llmlab.model.types import Cache, Model, Out, Params
+
+
+class Decoder(NamedTuple):
+    """The parts of a model, hashable: the static argument that compiled functions are cached by."""
+
+    apply: Callable[..., Out]
+    head: Callable[[Params], jax.Array]
+    init_cache: Callable[[int, int], Cache]
+    init_pages: Callable[..., Cache]
+    unstack: Callable[[Params], Params]
+    partition: Partition | None
+    softcap: float | None
+    dtype: str
+    max_positions: int
+
+    @classmethod
+    def of(cls, model: Model) -> "Decoder":
+        """Of this model."""
+        c = model.config
+        parts = (model.apply, model.head, model.init_cache, model.init_pages, model.unstack, model.partition)
+        return cls(*parts, c.logit_softcap, c.dtype, c.max_positions)
+
+
+def ready_for_steps(decoder: Decoder, params: Params) -> Params:
+    """One entry a layer, matrices in the compute dtype: what would otherwise be done again at every token."""
+
+    def cast(leaf: Any) -> Any:
+        matrix = not isinstance(leaf, weights.WeightLeaf) and leaf.ndim > 1
+        return leaf.astype(decoder.dtype) if matrix else leaf
+
+    return jax.tree.map(cast, decoder.unstack(params), is_leaf=lambda leaf: isinstance(leaf, weights.WeightLeaf))
+
+
+ready = jax.jit(ready_for_steps, static_argnums=0)

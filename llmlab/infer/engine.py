@@ -1,0 +1,462 @@
+"""The engine: requests come and go while the batch runs.
+
+Every row of the batch is a slot, with the keys and values of its request in pages. A step reads at most one piece of
+one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt.
+The device is always one step ahead: what a step drew is looked at while the next one runs. A request's tokens depend on
+its own prompt, settings and seed, whatever else is in the batch.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from llmlab.core.errors import UserError
+from llmlab.infer import engine_step as device
+from llmlab.infer.decoder import Decoder, ready
+from llmlab.infer.paging import Pages
+from llmlab.infer.request import Event, Finish, Request
+from llmlab.model.score import check_predicts_tokens
+from llmlab.model.transformer import make_model
+from llmlab.model.types import Model, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """slots: requests that run at once. page_size: tokens in a page. pages: 0 for as many as all slots can fill.
+    prefill: tokens of a prompt that are read in one step. int8: keys and values in 8 bits, a scale for each token and
+    head, where they lie in pages. reuse: keep pages for prompts that begin alike.
+    """
+
+    slots: int = 8
+    page_size: int = 16
+    pages: int = 0
+    prefill: int = 128
+    int8: bool = False
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("page_size", 1), ("pages", 0), ("prefill", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"engine.{name}={getattr(self, name)} should be at least {least}")
+
+
+@dataclasses.dataclass
+class _Run:
+    """A request on its way.
+
+    tokens: the prompt, and what was drawn and looked at. waits_for: a request with the same prompt, which reads it
+    first. cached: tokens in the cache, that of the step under way included. known: pages that others can find.
+    reported: tokens of the prompt that have been given out.
+    """
+
+    number: int
+    request: Request
+    tokens: list[int]
+    waits_for: "_Run | None" = None
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    cached: int = 0
+    known: int = 0
+    reported: int = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether some of its tokens, but for the last, are not in the cache yet."""
+        return self.slot >= 0 and self.cached < len(self.tokens) - 1
+
+
+class _Flight(NamedTuple):
+    """A step whose tokens were not looked at yet."""
+
+    runs: list[_Run]
+    slots: list[int]
+    drawn: device.Drawn
+
+
+class Engine:
+    """Not thread-safe: one thread calls it.
+
+    Raises:
+      UserError: a model that predicts no tokens, or pages that do not hold one whole row.
+    """
+
+    def __init__(self, model: Model, params: Params, config: EngineConfig = EngineConfig()):
+        check_predicts_tokens(model.config)
+        if model.partition is not None:
+            model = make_model(model.config, model.partition.with_whole_batch())
+        self.config, self._model = config, model
+        self._decoder = Decoder.of(model)
+        self._reach = model.config.max_positions
+        self._row_pages = -(-self._reach // config.page_size)
+        pages = config.pages or config.slots * self._row_pages
+        if pages < self._row_pages:
+            raise UserError(
+                f"engine.pages={pages} of {config.page_size} tokens do not hold one row of the model's {self._reach} "
+                f"positions: give at least {self._row_pages}"
+            )
+        self.pages = Pages(pages, config.page_size)
+        self._params = ready(self._decoder, params)
+        self._state = device.start(
+            self._decoder,
+            slots=config.slots,
+            pages=pages,
+            size=config.page_size,
+            int8=config.int8,
+            vocab=model.config.vocab_size,
+        )
+        # What rings and recurrent states hold of a row's beginning is gone once it has gone on.
+        self._reuse = config.reuse and all(
+            isinstance(kept, device.Pool) for layer in self._state.layers for kept in layer.values()
+        )
+        self._free_slots = list(range(config.slots - 1, -1, -1))
+        self._waiting: collections.deque[_Run] = collections.deque()
+        self._running: list[_Run] = []
+        self._flight: _Flight | None = None
+        self._numbers = itertools.count()
+        self._unsaid: list[Event] = []
+        self._row_buckets = _buckets(1, config.slots)
+        self._page_buckets = _buckets(8, self._row_pages)
+        self._read_buckets = _buckets(32, min(config.prefill, self._reach))
+
+    # --- what callers see ---------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, n: int = 1) -> list[int]:
+        """The number of the request, by which its events are known; or of `n` like it with seed, seed + 1, …, for which
+        the prompt is read once.
+
+        Raises:
+          UserError: the request can never be run.
+        """
+        self._check(request)
+        first = _Run(next(self._numbers), request, list(request.prompt))
+        runs = [first]
+        for copy in range(1, n):
+            sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + copy)
+            like = dataclasses.replace(request, sampling=sampling, scored=False)
+            runs.append(_Run(next(self._numbers), like, list(request.prompt), waits_for=first))
+        self._waiting += runs
+        return [run.number for run in runs]
+
+    def cancel(self, number: int) -> bool:
+        """Ends a request, whose slot and pages are free at once; whether it was still there."""
+        for run in (*self._waiting, *self._running):
+            if run.number == number:
+                self._end(run, "cancelled")
+                return True
+        return False
+
+    def step(self) -> list[Event]:
+        """What has been drawn, one step late; nothing comes where nothing is left to do."""
+        self._admit()
+        before, self._flight = self._flight, None
+        self._read_one()
+        rows = self._rows_to_draw(before)
+        if rows:
+            self._flight = self._draw(rows)
+        if before is not None:
+            self._look(before)
+        events, self._unsaid = self._unsaid, []
+        return events
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._running or self._flight or self._unsaid)
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many requests run and wait, and how many pages are in use."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "pages_used": self.pages.count - self.pages.available,
+            "pages": self.pages.count,
+        }
+
+    def publish(self, params: Params) -> None:
+        """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten."""
+        self._params = ready(self._decoder, params)
+        self.pages.forget()
+
+    def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+        """Compiles every shape that can come, so that no request waits for it; how many they are.
+
+        They are kept in the compilation cache, where there is one. `progress` gets how many are done, of how many.
+        """
+        shapes = [(rows, pages, 0) for pages in self._page_buckets for rows in self._row_buckets]
+        shapes += [(1, pages, tokens) for pages in self._page_buckets for tokens in self._read_buckets]
+        for number, (rows, pages, tokens) in enumerate(shapes):
+            chosen = self._rows([], rows, pages)
+            if tokens:
+                zeros = np.zeros((1, tokens), np.int32)
+                self._state = device.read(
+                    self._decoder, self._params, self._state, chosen, zeros, np.zeros(1, np.int32)
+                )
+            else:
+                wanted = self._wanted([], [], rows)
+                self._state, _ = device.step(self._decoder, self._params, self._state, chosen, wanted)
+            progress(number + 1, len(shapes))
+        jax.block_until_ready(self._state.last_B)
+        return len(shapes)
+
+    # --- what a step does ---------------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        vocab, length = self._model.config.vocab_size, len(request.prompt)
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab:
+            raise UserError(f"the prompt holds what is no id of this model: ids are integers from 0 to {vocab - 1}")
+        if wrong := [id for id in request.sampling.bias if not 0 <= id < vocab]:
+            raise UserError(f"a bias is for token {wrong[0]}, and ids are from 0 to {vocab - 1}")
+        if length + request.max_tokens > self._reach:
+            raise UserError(
+                f"a prompt of {length} tokens and max_tokens={request.max_tokens} exceed the model's {self._reach} "
+                f"positions: "
+                + (f"ask for at most {self._reach - length}" if length < self._reach else "shorten the prompt")
+            )
+
+    def _admit(self) -> None:
+        """Slots for those who wait, in their order; those whose prompt another one is reading wait on."""
+        for run in list(self._waiting):
+            leader = run.waits_for
+            if leader is not None and leader.slot < 0 and leader not in self._waiting:
+                leader = run.waits_for = None
+            if leader is not None and leader.cached < len(leader.request.prompt) - 1:
+                continue
+            forks = leader is not None and leader.slot >= 0 and leader.cached == len(run.tokens) - 1 > 0
+            needed = 1 if forks else -(-len(run.tokens) // self.config.page_size)
+            if not self._free_slots or needed > self.pages.available:
+                # A leader does not stay for those who cannot come.
+                run.waits_for = None if forks else run.waits_for
+                return
+            self._waiting.remove(run)
+            run.slot, run.waits_for = self._free_slots.pop(), None
+            self._running.append(run)
+            if forks:
+                assert leader is not None
+                self._fork(leader, run)
+            elif self._reuse and not run.request.scored:
+                run.digests = self.pages.digests(run.tokens[:-1])
+                run.pages = self.pages.find(run.digests)
+                run.cached = len(run.pages) * self.config.page_size
+            if run.request.sampling.adjusts:
+                self._load(run)
+
+    def _fork(self, leader: _Run, run: _Run) -> None:
+        whole = leader.cached // self.config.page_size
+        run.pages = leader.pages[:whole]
+        self.pages.share(run.pages)
+        page = new_page = self.pages.count  # out of range
+        if leader.cached % self.config.page_size:
+            taken = self.pages.take()
+            assert taken is not None
+            page, new_page = leader.pages[whole], taken
+            run.pages.append(taken)
+        run.cached, run.digests = leader.cached, list(leader.digests)
+        self._state = device.fork(self._state, *map(np.int32, (leader.slot, run.slot, page, new_page)))
+
+    def _load(self, run: _Run) -> None:
+        vocab, prompt = self._model.config.vocab_size, len(run.request.prompt)
+        in_prompt, bias = np.zeros(vocab, bool), np.zeros(vocab, np.float32)
+        in_prompt[list(run.request.prompt)] = True
+        for id, value in run.request.sampling.bias.items():
+            bias[id] = value
+        count = np.bincount(np.asarray(run.tokens[prompt:], np.int64), minlength=vocab).astype(np.int32)
+        self._state = device.load(self._state, np.int32(run.slot), in_prompt, count, bias)
+
+    def _read_one(self) -> None:
+        """A piece of the earliest prompt that is not read yet."""
+        run = next((run for run in self._running if run.reads), None)
+        if run is None:
+            return
+        piece = run.tokens[run.cached : min(run.cached + self.config.prefill, len(run.tokens) - 1)]
+        if not self._reserve(run, run.cached + len(piece)):
+            return
+        tokens = np.zeros((1, _at_least(len(piece), self._read_buckets)), np.int32)
+        tokens[0, : len(piece)] = piece
+        rows, count = self._rows([run], 1), np.array([len(piece)], np.int32)
+        if run.reported < len(run.request.prompt) and run.request.scored:
+            following = np.zeros_like(tokens)
+            following[0, : len(piece)] = run.tokens[run.cached + 1 : run.cached + 1 + len(piece)]
+            self._state, scored = device.score(self._decoder, self._params, self._state, rows, tokens, count, following)
+            self._report(run, run.cached + 1, jax.device_get(scored))
+        else:
+            self._state = device.read(self._decoder, self._params, self._state, rows, tokens, count)
+        run.cached += len(piece)
+        self._know(run)
+
+    def _report(self, run: _Run, begin: int, scored: device.Scored) -> None:
+        """The tokens of a prompt from `begin` on, as far as they were scored and not reported before."""
+        prompt, top = run.request.prompt, run.request.top
+        for place in range(max(begin, run.reported), min(begin + scored.logp_RT.shape[1], len(prompt))):
+            at = (0, place - begin)
+            likeliest = zip(scored.top_RTK[at][:top].tolist(), scored.top_logp_RTK[at][:top].tolist(), strict=True)
+            self._unsaid.append(
+                Event(run.number, prompt[place], float(scored.logp_RT[at]), tuple(likeliest), in_prompt=True)
+            )
+            run.reported = place + 1
+
+    def _rows_to_draw(self, before: _Flight | None) -> list[_Run]:
+        """Those whose next input is there, or on the device, with room for it."""
+        flying = {run.number for run in before.runs if run.slot >= 0} if before is not None else set()
+        rows = []
+        for run in list(self._running):
+            if run.slot < 0 or run.reads:
+                continue
+            if run.request.scored and not run.reported:
+                self._unsaid.append(Event(run.number, run.request.prompt[0], in_prompt=True))
+                run.reported = 1
+            if run.request.max_tokens == 0:
+                self._end(run, "length")
+                continue
+            drawn = len(run.tokens) - len(run.request.prompt) + (run.number in flying)
+            limited = run.request.limit is not None and run.number in flying
+            if drawn >= run.request.max_tokens or limited or self._leads(run):
+                continue
+            if run.request.limit is not None and not run.request.limit.allowed().any():
+                self._end(run, "dead_end")
+            elif self._reserve(run, run.cached + 1):
+                rows.append(run)
+        return [run for run in rows if run.slot >= 0]
+
+    def _leads(self, run: _Run) -> bool:
+        """Whether it should stay at the end of its prompt, for others to begin from there in the next step."""
+        is_there = run.cached == len(run.request.prompt) - 1 == len(run.tokens) - 1 > 0
+        return is_there and bool(self._free_slots) and any(other.waits_for is run for other in self._waiting)
+
+    def _draw(self, runs: list[_Run]) -> _Flight:
+        inputs = [run.tokens[run.cached] if run.cached < len(run.tokens) else -1 for run in runs]
+        R = _at_least(len(runs), self._row_buckets)
+        rows = self._rows(runs, R)
+        wanted = self._wanted(runs, inputs, R)
+        self._state, drawn = device.step(self._decoder, self._params, self._state, rows, wanted)
+        for run in runs:
+            run.cached += 1
+        return _Flight(runs, [run.slot for run in runs], drawn)
+
+    def _look(self, flight: _Flight) -> None:
+        """At what a step has drawn, but for requests that have ended since, or lost their slot."""
+        drawn = jax.device_get(flight.drawn)
+        for row, (run, slot) in enumerate(zip(flight.runs, flight.slots, strict=True)):
+            if run.slot != slot:
+                continue
+            token = int(drawn.token_R[row])
+            run.tokens.append(token)
+            self._know(run)
+            request, written = run.request, len(run.tokens) - len(run.request.prompt)
+            finish: Finish | None = None
+            if request.limit is not None:
+                request.limit.accept(token)
+            if token in request.stop_ids:
+                finish = "stop"
+            elif written >= request.max_tokens:
+                finish = "length"
+            top = zip(drawn.top_RK[row, : request.top].tolist(), drawn.top_logp_RK[row].tolist(), strict=False)
+            self._unsaid.append(Event(run.number, token, float(drawn.logp_R[row]), tuple(top), finish=finish))
+            if finish:
+                self._finish(run)
+
+    # --- books --------------------------------------------------------------------------------------------------------
+
+    def _reserve(self, run: _Run, tokens: int) -> bool:
+        """Pages for so many tokens of a run, if need be those of the latest others, which begin again later."""
+        while len(run.pages) * self.config.page_size < tokens:
+            page = self.pages.take()
+            if page is not None:
+                run.pages.append(page)
+                continue
+            last = max(self._running, key=lambda other: other.number)
+            self._put_back(last)
+            if last is run:
+                return False
+        return True
+
+    def _put_back(self, run: _Run) -> None:
+        self._leave(run)
+        run.cached, run.known, run.digests = 0, 0, []
+        place = next((i for i, other in enumerate(self._waiting) if other.number > run.number), len(self._waiting))
+        self._waiting.insert(place, run)
+
+    def _end(self, run: _Run, finish: Finish) -> None:
+        self._finish(run)
+        self._unsaid.append(Event(run.number, finish=finish))
+
+    def _finish(self, run: _Run) -> None:
+        if run.slot < 0:
+            self._waiting.remove(run)
+        else:
+            self._leave(run)
+
+    def _leave(self, run: _Run) -> None:
+        self._running.remove(run)
+        self._free_slots.append(run.slot)
+        self.pages.release(run.pages)
+        run.slot, run.pages = -1, []
+
+    def _know(self, run: _Run) -> None:
+        """Its full pages can be found, where the tokens in them are known."""
+        full = min(run.cached, len(run.tokens)) // self.config.page_size
+        if not self._reuse or full <= run.known:
+            return
+        run.digests = self.pages.digests(run.tokens[: full * self.config.page_size], run.digests)
+        for place in range(run.known, full):
+            self.pages.know(run.pages[place], run.digests[place])
+        run.known = full
+
+    def _rows(self, runs: Sequence[_Run], R: int, pages: int = 0) -> device.Rows:
+        most = max((len(run.pages) for run in runs), default=0)
+        table = np.full((R, pages or _at_least(most, self._page_buckets)), self.pages.count, np.int32)
+        slot, length = np.full(R, self.config.slots, np.int32), np.zeros(R, np.int32)
+        for row, run in enumerate(runs):
+            slot[row], length[row] = run.slot, run.cached
+            table[row, : len(run.pages)] = run.pages
+        return device.Rows(slot, length, table)  # type: ignore[arg-type]
+
+    def _wanted(self, runs: Sequence[_Run], inputs: Sequence[int], R: int) -> device.Wanted:
+        def of(name: str, off: float, dtype: Any = np.float32) -> np.ndarray:
+            values = np.full(R, off, dtype)
+            values[: len(runs)] = [getattr(run.request.sampling, name) for run in runs]
+            return values
+
+        token, limited = np.zeros(R, np.int32), np.zeros(R, bool)
+        token[: len(runs)] = inputs[: len(runs)]
+        allowed = np.zeros((R, -(-self._model.config.vocab_size // 32)), np.uint32)
+        for row, run in enumerate(runs):
+            if run.request.limit is not None:
+                limited[row], allowed[row] = True, run.request.limit.allowed()
+        seed = np.zeros(R, np.uint32)
+        seed[: len(runs)] = [run.request.sampling.seed % 2**32 for run in runs]
+        top = np.zeros(R, bool)
+        top[: len(runs)] = [run.request.top > 0 for run in runs]
+        return device.Wanted(
+            token,
+            seed,
+            of("temperature", 0),
+            of("top_k", 0, np.int32),
+            of("top_p", 1),
+            of("min_p", 0),
+            of("repetition", 1),
+            of("presence", 0),
+            of("frequency", 0),
+            of("adjusts", False, bool),
+            limited,
+            allowed,
+            top,
+        )
+
+
+def _buckets(least: int, most: int) -> list[int]:
+    """least, four times that, and so on below `most`, and `most`."""
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(4 * sizes[-1])
+    return [*sizes[:-1], most]
+
+
+def _at_least(size: int, buckets: Sequence[int]) -> int:
+    return next(bucket for bucket in buckets if bucket >= size)

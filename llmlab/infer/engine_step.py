@@ -1,0 +1,220 @@
+"""What of the engine runs on the device: reading a piece of a prompt, and one more token for some of its rows.
+
+Both take the rows that they are for by number; a number out of range is padding, which reads anything and writes
+nothing. So few shapes compile, whichever rows there are.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmlab.infer import sampling
+from llmlab.infer.decoder import Decoder
+from llmlab.model.pages import Pool, copy_page
+from llmlab.model.transformer import unembed
+from llmlab.model.types import Inputs, Params
+
+TOP = 20  # likeliest tokens that are reported, at most
+
+
+class State(NamedTuple):
+    """What the engine keeps on the device, of every slot: the layers' caches, the token drawn last, where it is to go
+    in next, and what penalties look at."""
+
+    layers: tuple[dict[str, Any], ...]
+    last_B: jax.Array
+    in_prompt_BV: jax.Array
+    count_BV: jax.Array
+    bias_BV: jax.Array
+
+
+class Rows(NamedTuple):
+    """Which slots, how many tokens they have in the cache, and the pages that these and the new ones lie in."""
+
+    slot_R: jax.Array
+    length_R: jax.Array
+    table_RP: jax.Array
+
+
+class Wanted(NamedTuple):
+    """How the next token of each row is drawn. token_R: what goes in, below 0 for the one drawn last.
+
+    adjusted_R: whether penalties and biases count. allowed_RW: bits of the tokens that may be drawn, where limited_R.
+    """
+
+    token_R: jax.Array
+    seed_R: jax.Array
+    temperature_R: jax.Array
+    top_k_R: jax.Array
+    top_p_R: jax.Array
+    min_p_R: jax.Array
+    repetition_R: jax.Array
+    presence_R: jax.Array
+    frequency_R: jax.Array
+    adjusted_R: jax.Array
+    limited_R: jax.Array
+    allowed_RW: jax.Array
+    top_R: jax.Array
+
+
+class Drawn(NamedTuple):
+    """A token a row, its log-probability by the model alone (at temperature 1, before any filter), and the likeliest
+    tokens with theirs, which are zeros where no row asks for them."""
+
+    token_R: jax.Array
+    logp_R: jax.Array
+    top_RK: jax.Array
+    top_logp_RK: jax.Array
+
+
+class Scored(NamedTuple):
+    """Of the tokens of a prompt: how likely each was after those before it, and what was likeliest in its place."""
+
+    logp_RT: jax.Array
+    top_RTK: jax.Array
+    top_logp_RTK: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "pages", "size", "int8", "vocab"))
+def start(decoder: Decoder, *, slots: int, pages: int, size: int, int8: bool, vocab: int) -> State:
+    """Nothing in any slot."""
+    cache = decoder.init_pages(slots, pages, size, int8=int8)
+    seen_BV = jnp.zeros((slots, vocab), bool)
+    zeros_B = jnp.zeros(slots, jnp.int32)
+    return State(cache["layers"], zeros_B, seen_BV, seen_BV.astype(jnp.int32), seen_BV.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def read(decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array) -> State:
+    """The first `count_R` of these tokens into the cache."""
+    return _applied(decoder, params, state, rows, tokens_RT, count_R)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def score(
+    decoder: Decoder,
+    params: Params,
+    state: State,
+    rows: Rows,
+    tokens_RT: jax.Array,
+    count_R: jax.Array,
+    next_RT: jax.Array,
+) -> tuple[State, Scored]:
+    """As `read`, and what the model expected instead of the tokens that come after each of these."""
+    state, hidden_RTD = _applied(decoder, params, state, rows, tokens_RT, count_R)
+    logp_RTV = jax.nn.log_softmax(unembed(hidden_RTD, decoder.head(params), decoder.softcap))
+    is_next_RTV = next_RT[..., None] == jnp.arange(logp_RTV.shape[-1])[None, None]
+    logp_RT = jnp.sum(jnp.where(is_next_RTV, logp_RTV, 0), axis=-1)
+    top_logp_RTK, top_RTK = jax.lax.top_k(logp_RTV, min(TOP, logp_RTV.shape[-1]))
+    return state, Scored(logp_RT, top_RTK, top_logp_RTK)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def step(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted) -> tuple[State, Drawn]:
+    """One token of each row into the cache, and the next one drawn."""
+    slots = len(state.last_B)
+    token_R = jnp.where(wanted.token_R >= 0, wanted.token_R, jnp.take(state.last_B, rows.slot_R, mode="clip"))
+    is_there_R = rows.slot_R < slots
+    state, hidden_R1D = _applied(decoder, params, state, rows, token_R[:, None], is_there_R.astype(jnp.int32))
+    logits_RV = unembed(hidden_R1D, decoder.head(params), decoder.softcap)[:, 0]
+    adjusted_RV = _adjusted(state, rows, wanted, logits_RV)
+    drawn_R = jax.lax.cond(
+        jnp.any(wanted.temperature_R > 0),
+        lambda: sampling.sample(
+            adjusted_RV,
+            wanted.seed_R,
+            rows.length_R + 1,
+            temperature=wanted.temperature_R,
+            top_k=wanted.top_k_R,
+            top_p=wanted.top_p_R,
+            min_p=wanted.min_p_R,
+        ),
+        lambda: jnp.argmax(adjusted_RV, axis=-1).astype(jnp.int32),
+    )
+    state = state._replace(
+        last_B=state.last_B.at[rows.slot_R].set(drawn_R, mode="drop"),
+        count_BV=state.count_BV.at[rows.slot_R, drawn_R].add(1, mode="drop"),
+    )
+    logz_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    # A gather over a sharded vocabulary goes wrong.
+    is_drawn_RV = drawn_R[:, None] == jnp.arange(logits_RV.shape[-1])[None]
+    logp_R = jnp.sum(jnp.where(is_drawn_RV, logits_RV, 0), axis=-1) - logz_R
+    most = min(TOP, logits_RV.shape[-1])
+    top_logit_RK, top_RK = jax.lax.cond(
+        jnp.any(wanted.top_R),
+        lambda: tuple(jax.lax.top_k(logits_RV, most)),
+        lambda: (jnp.zeros((len(token_R), most), logits_RV.dtype), jnp.zeros((len(token_R), most), jnp.int32)),
+    )
+    return state, Drawn(drawn_R, logp_R, top_RK, top_logit_RK - logz_R[:, None])
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def load(state: State, slot: jax.Array, in_prompt_V: jax.Array, count_V: jax.Array, bias_V: jax.Array) -> State:
+    """What penalties and biases are to know of a slot."""
+    return state._replace(
+        in_prompt_BV=state.in_prompt_BV.at[slot].set(in_prompt_V),
+        count_BV=state.count_BV.at[slot].set(count_V),
+        bias_BV=state.bias_BV.at[slot].set(bias_V),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def fork(state: State, slot: jax.Array, new_slot: jax.Array, page: jax.Array, new_page: jax.Array) -> State:
+    """A slot that goes on from where another is: what it keeps is copied, and the page that is not full yet."""
+
+    def copied(kept: Any) -> Any:
+        return copy_page(kept, page, new_page) if isinstance(kept, Pool) else kept.at[new_slot].set(kept[slot])
+
+    return state._replace(layers=_each(copied, state.layers))
+
+
+def _applied(
+    decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array
+) -> tuple[State, jax.Array]:
+    offsets_1T = jnp.arange(tokens_RT.shape[1], dtype=jnp.int32)[None]
+    positions_RT = jnp.minimum(rows.length_R[:, None] + offsets_1T, decoder.max_positions - 1)
+    inputs = Inputs(tokens_RT, positions_RT, (offsets_1T < count_R[:, None]).astype(jnp.int32))
+    layers = _each(
+        lambda kept: kept if isinstance(kept, Pool) else jnp.take(kept, rows.slot_R, axis=0, mode="clip"), state.layers
+    )
+    cache = {"lengths_B": rows.length_R, "table_BP": rows.table_RP, "layers": layers}
+    out = decoder.apply(params, inputs, cache=cache)
+    assert out.cache is not None
+    layers = _each(
+        lambda kept, new: new if isinstance(new, Pool) else kept.at[rows.slot_R].set(new, mode="drop"),
+        state.layers,
+        out.cache["layers"],
+    )
+    return state._replace(layers=layers), out.hidden_BTD
+
+
+def _adjusted(state: State, rows: Rows, wanted: Wanted, logits_RV: jax.Array) -> jax.Array:
+    def with_penalties() -> jax.Array:
+        in_prompt_RV, count_RV, bias_RV = (
+            jnp.take(kept, rows.slot_R, axis=0, mode="clip")
+            for kept in (state.in_prompt_BV, state.count_BV, state.bias_BV)
+        )
+        penalised_RV = sampling.penalties(
+            logits_RV,
+            in_prompt_RV,
+            count_RV,
+            repetition=wanted.repetition_R,
+            presence=wanted.presence_R,
+            frequency=wanted.frequency_R,
+        )
+        return jnp.where(wanted.adjusted_R[:, None], penalised_RV + bias_RV, logits_RV)
+
+    adjusted_RV = jax.lax.cond(jnp.any(wanted.adjusted_R), with_penalties, lambda: logits_RV)
+    return jax.lax.cond(
+        jnp.any(wanted.limited_R),
+        lambda: jnp.where(
+            wanted.limited_R[:, None], sampling.allowed_only(adjusted_RV, wanted.allowed_RW), adjusted_RV
+        ),
+        lambda: adjusted_RV,
+    )
+
+
+def _each(change: Any, layers: Any, *more: Any) -> Any:
+    return jax.tree.map(change, layers, *more, is_leaf=lambda kept: isinstance(kept, Pool))

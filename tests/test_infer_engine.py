@@ -1,0 +1,244 @@
+"""The engine: every token is what its request alone would get, and nothing is left behind."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from llmlab.core.errors import UserError
+from llmlab.core.mesh import MeshConfig, make_partition
+from llmlab.infer import engine_step as device
+from llmlab.infer.engine import Engine, EngineConfig
+from llmlab.infer.request import Request, Sampling
+from llmlab.model.transformer import make_model
+from tests.engine_for_tests import KINDS, assert_as_alone, model_of, run_schedule
+from tests.helpers import random_params
+
+CONFIG = EngineConfig(slots=4, page_size=4, pages=40, prefill=8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_request_alone(kind):
+    engine = Engine(*model_of(kind), CONFIG)
+    done = []
+    for seed in range(4):
+        done += run_schedule(engine, np.random.default_rng(seed), 12).values()
+        assert engine.load["running"] == engine.load["waiting"] == engine.load["pages_used"] == 0
+    assert_as_alone(kind, done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_schedules(kind):
+    engine = Engine(*model_of(kind), CONFIG)
+    for seed in range(200):
+        done = run_schedule(engine, np.random.default_rng(1000 + seed), 10)
+        assert engine.load["pages_used"] == 0
+        assert_as_alone(kind, list(done.values()))
+
+
+def alone(engine, request):
+    """The events of one request, with nothing beside it."""
+    engine.submit(request)
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    return events
+
+
+def test_rows_that_do_not_fit_begin_again_and_lose_nothing():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, pages=16, prefill=8, reuse=False))
+    requests = [Request((7 + i, 2, 3), 40, Sampling(temperature=1.0, seed=i)) for i in range(4)]
+    numbers = [engine.submit(request)[0] for request in requests]
+    events = {number: [] for number in numbers}
+    waited = False
+    while not engine.idle:
+        for event in engine.step():
+            events[event.number].append(event)
+        waited |= any(events.values()) and engine.load["waiting"] > 0
+    assert waited  # 4 rows of 43 tokens need 44 pages
+    assert_as_alone("dense", list(zip(requests, events.values(), strict=True)))
+
+
+def test_prompts_that_begin_alike_are_read_once():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    prompt = tuple(range(30))
+    alone(engine, Request(prompt, 4))
+    engine.submit(Request((*prompt[:25], 40, 41), 1))
+    engine.step()
+    # Of 26 tokens before the last, 24 fill whole pages.
+    assert engine._running[0].cached == 26
+    assert engine._running[0].known == 6
+
+
+@pytest.mark.parametrize("kind", ["dense", "mamba", "window"])
+def test_samples_of_one_prompt_share_its_reading(kind, monkeypatch):
+    engine = Engine(*model_of(kind), EngineConfig(slots=4, page_size=4, prefill=8))
+    reads = []
+    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[-1][0])) or read(*a))
+    request = Request(tuple(range(30)), 6, Sampling(seed=5))
+    numbers = engine.submit(request, 4)
+    events = {number: [] for number in numbers}
+    while not engine.idle:
+        for event in engine.step():
+            events[event.number].append(event)
+    assert sum(reads) == 29
+    done = [
+        (dataclasses.replace(request, sampling=Sampling(seed=5 + copy)), of) for copy, of in enumerate(events.values())
+    ]
+    assert_as_alone(kind, done)
+    assert len({tuple(event.token for event in of) for of in events.values()}) > 1
+
+
+def test_a_long_prompt_does_not_stall_the_others():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    (short,) = engine.submit(Request((1, 2), 20, Sampling(temperature=0)))
+    engine.step()
+    engine.submit(Request(tuple(range(40)), 1))
+    for _ in range(5):
+        assert [event.number for event in engine.step()].count(short) == 1
+
+
+def test_a_cancelled_request_leaves_at_once():
+    engine = Engine(*model_of("dense"), CONFIG)
+    running, waiting = engine.submit(Request((1, 2, 3), 40)), engine.submit(Request((1, 2), 40), 9)
+    for _ in range(5):
+        engine.step()
+    for number in running + waiting:
+        assert engine.cancel(number)
+    assert engine.load == {"running": 0, "waiting": 0, "pages_used": 0, "pages": 40}
+    assert {event.finish for event in engine.step()} == {"cancelled"}
+    assert engine.idle
+    assert not engine.cancel(running[0])
+
+
+@pytest.mark.parametrize("kind", ["dense", "mamba"])
+def test_a_prompt_is_scored_as_the_model_reads_it_at_once(kind):
+    model, params = model_of(kind)
+    engine = Engine(model, params, CONFIG)
+    prompt = tuple(np.random.default_rng(0).integers(48, size=30).tolist())
+    alone(engine, Request(prompt, 1))  # what is kept of it must not spare the scoring
+    logp_TV = np.asarray(jax.nn.log_softmax(model.logits(params, np.asarray([prompt]))[0]))
+    for max_tokens in (0, 2):
+        events = alone(engine, Request(prompt, max_tokens, Sampling(temperature=0), top=2, scored=True))
+        given = [event for event in events if event.in_prompt]
+        assert [event.token for event in given] == list(prompt)
+        assert given[0].logp is None
+        np.testing.assert_allclose([e.logp for e in given[1:]], logp_TV[np.arange(29), prompt[1:]], atol=1e-4)
+        for event, logp_V in zip(given[1:], logp_TV, strict=False):
+            np.testing.assert_allclose([logp for _, logp in event.top], np.sort(logp_V)[::-1][:2], atol=1e-4)
+        assert events[-1].finish == "length"
+        assert len(events) == 30 + max(max_tokens, 1)
+    (only, end) = alone(engine, Request((5,), 0, scored=True))
+    assert (only.token, only.logp, end.finish) == (5, None, "length")
+
+
+class Even:
+    """Even tokens only, ten of them at most."""
+
+    def __init__(self):
+        self.seen = []
+
+    def allowed(self):
+        return np.full(2, 0x55555555 if len(self.seen) < 10 else 0, np.uint32)
+
+    def accept(self, token):
+        self.seen.append(token)
+
+
+def test_a_limit_holds_and_stalls_nobody():
+    engine = Engine(*model_of("dense"), CONFIG)
+    free = Request((1, 2, 3), 20, Sampling(seed=1))
+    limited = [Request((1, 2, 3), 20, Sampling(seed=1), limit=Even()) for _ in range(2)]
+    (first,) = engine.submit(free)
+    others = [engine.submit(request)[0] for request in limited]
+    events = {number: [] for number in (first, *others)}
+    steps = 0
+    while not engine.idle:
+        for event in engine.step():
+            events[event.number].append(event)
+        steps += not any(event.finish for event in events[first])
+    assert steps <= 22
+    assert_as_alone("dense", [(free, events[first])])
+    for request, number in zip(limited, others, strict=True):
+        tokens = [event.token for event in events[number]]
+        assert tokens[-1] is None
+        assert events[number][-1].finish == "dead_end"
+        assert tokens[:-1] == request.limit.seen
+        assert all(token % 2 == 0 for token in tokens[:-1])
+        assert len(tokens) == 11
+
+
+def test_new_weights_change_what_is_drawn_and_forget_what_was_kept():
+    model, params = model_of("dense")
+    engine = Engine(model, params, CONFIG)
+    request = Request(tuple(range(20)), 8, Sampling(temperature=0))
+    before = [event.token for event in alone(engine, request)]
+    other = random_params(model, seed=8)
+    engine.publish(other)
+    after = [event.token for event in alone(engine, request)]
+    assert before != after
+    assert after == [event.token for event in alone(Engine(model, other, CONFIG), request)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "latent"])
+def test_keys_and_values_in_eight_bits_are_nearly_the_same(kind):
+    model, params = model_of(kind)
+    prompt = tuple(np.random.default_rng(1).integers(48, size=30).tolist())
+    logps = []
+    for int8 in (False, True):
+        engine = Engine(model, params, dataclasses.replace(CONFIG, int8=int8))
+        logps.append([event.logp for event in alone(engine, Request(prompt, 0, scored=True))[1:-1]])
+        kept = {leaf.dtype for leaf in jax.tree.leaves(engine._state.layers)}
+        assert kept == ({np.dtype("int8"), np.dtype("float32")} if int8 else {np.dtype("float32")})
+    difference = np.abs(np.subtract(*logps))
+    assert 0 < difference.max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        (lambda: Request((), 1), "the prompt is empty"),
+        (lambda: Request((1,), 0), "max_tokens=0 should be at least 1"),
+        (lambda: Request((48,), 1), "ids are integers from 0 to 47"),
+        (lambda: Request((1,) * 60, 5), "ask for at most 4"),
+        (lambda: Request((1,), 1, top=21), "top=21 should be from 0 to 20"),
+        (lambda: Request((1,), 1, Sampling(temperature=float("nan"))), "temperature=nan should be"),
+        (lambda: Request((1,), 1, Sampling(bias={99: 1.0})), "a bias is for token 99"),
+        (lambda: Request((1,), 1, Sampling(frequency=1e9)), "frequency=1000000000.0 should be"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(request_, says):
+    engine = Engine(*model_of("dense"), CONFIG)
+    with pytest.raises(UserError, match=re.escape(says)):
+        engine.submit(request_())
+    assert engine.idle
+
+
+def test_pages_must_hold_a_row():
+    with pytest.raises(UserError, match="give at least 16"):
+        Engine(*model_of("dense"), EngineConfig(slots=1, page_size=4, pages=15))
+
+
+def test_all_shapes_are_compiled_before_the_first_request():
+    engine = Engine(*model_of("dense"), CONFIG)
+    seen = []
+    shapes = engine.compile(lambda done, total: seen.append((done, total)))
+    assert seen == [(n + 1, shapes) for n in range(shapes)]
+    counts = device.step._cache_size(), device.read._cache_size()
+    run_schedule(engine, np.random.default_rng(3), 12)
+    assert (device.step._cache_size(), device.read._cache_size()) == counts
+
+
+def test_sharded_parameters_and_cache_give_the_same():
+    kind = "dense"
+    model, params = model_of(kind)
+    partition = make_partition(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    sharded = make_model(model.config, partition)
+    placed = jax.device_put(params, partition.shardings(sharded.axes))
+    engine = Engine(sharded, placed, CONFIG)
+    values = engine._state.layers[0]["k_BKSH"].values
+    assert values.sharding.shard_shape(values.shape)[1] == model.config.K // 2
+    assert_as_alone(kind, list(run_schedule(engine, np.random.default_rng(5), 8).values()))
