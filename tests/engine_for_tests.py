@@ -122,7 +122,7 @@ def _perturbed(logits_TV, in_prompt_TV, count_TV, seed, positions_T, settings, b
 
 
 def _assert_tokens(request: Request, tokens: list[int], at_TV: np.ndarray, tolerance: float) -> None:
-    s, time, room = request.sampling, len(tokens), 24
+    s, time, room = request.sampling, len(tokens), 40
     padded_TV = np.zeros((room, VOCAB), np.float32)
     padded_TV[:time] = at_TV
     in_prompt_V = np.isin(np.arange(VOCAB), request.prompt)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmlab.core.errors import UserError
@@ -20,6 +21,7 @@ from llmlab.infer import engine_step as device
 from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.paging import Pages
 from llmlab.infer.request import Event, Finish, Request
+from llmlab.infer.speculative import look_up, propose
 from llmlab.model.score import check_predicts_tokens
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
@@ -29,7 +31,8 @@ from llmlab.model.types import Model, Params
 class EngineConfig:
     """slots: requests that run at once. page_size: tokens in a page. pages: 0 for as many as all slots can fill.
     prefill: tokens of a prompt that are read in one step. int8: keys and values in 8 bits, a scale for each token and
-    head, where they lie in pages. reuse: keep pages for prompts that begin alike.
+    head, where they lie in pages. reuse: keep pages for prompts that begin alike. guesses: tokens of a request that are
+    guessed in a step, and checked at once; see `llmlab.infer.speculative`.
     """
 
     slots: int = 8
@@ -38,9 +41,10 @@ class EngineConfig:
     prefill: int = 128
     int8: bool = False
     reuse: bool = True
+    guesses: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("page_size", 1), ("pages", 0), ("prefill", 1)):
+        for name, least in (("slots", 1), ("page_size", 1), ("pages", 0), ("prefill", 1), ("guesses", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"engine.{name}={getattr(self, name)} should be at least {least}")
 
@@ -72,25 +76,39 @@ class _Run:
 
 
 class _Flight(NamedTuple):
-    """A step whose tokens were not looked at yet."""
+    """A step whose tokens were not looked at yet. counts: of each row, the guesses that went in, and one more."""
 
     runs: list[_Run]
     slots: list[int]
+    counts: list[int]
+    guess_RT: jax.Array | np.ndarray
     drawn: device.Drawn
 
 
 class Engine:
     """Not thread-safe: one thread calls it.
 
+    draft: a smaller model of the same vocabulary, and its parameters, which makes the guesses; None: they are looked up
+    in the text. guessed, right: how many guesses there were, and how many of them were kept.
+
     Raises:
-      UserError: a model that predicts no tokens, or pages that do not hold one whole row.
+      UserError: a model that predicts no tokens, pages that do not hold one whole row, or guesses with layers whose
+        state cannot be taken back.
     """
 
-    def __init__(self, model: Model, params: Params, config: EngineConfig = EngineConfig()):
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        config: EngineConfig = EngineConfig(),
+        *,
+        draft: tuple[Model, Params] | None = None,
+    ):
         check_predicts_tokens(model.config)
         if model.partition is not None:
             model = make_model(model.config, model.partition.with_whole_batch())
         self.config, self._model = config, model
+        self.guessed = self.right = 0
         self._decoder = Decoder.of(model)
         self._reach = model.config.max_positions
         self._row_pages = -(-self._reach // config.page_size)
@@ -101,19 +119,15 @@ class Engine:
                 f"positions: give at least {self._row_pages}"
             )
         self.pages = Pages(pages, config.page_size)
-        self._params = ready(self._decoder, params)
-        self._state = device.start(
-            self._decoder,
-            slots=config.slots,
-            pages=pages,
-            size=config.page_size,
-            int8=config.int8,
-            vocab=model.config.vocab_size,
-        )
+        self._params, self._state = self._started(self._decoder, params, pages)
         # What rings and recurrent states hold of a row's beginning is gone once it has gone on.
-        self._reuse = config.reuse and all(
-            isinstance(kept, device.Pool) for layer in self._state.layers for kept in layer.values()
-        )
+        self._reuse = config.reuse and _all_in_pages(self._state)
+        self._draft = self._drafter(draft, pages)
+        if config.guesses and not _all_in_pages(self._state):
+            raise UserError(
+                "engine.guesses needs a model whose layers all look back to the beginning: what windows and recurrent "
+                "states have read cannot be taken back; set it to 0"
+            )
         self._free_slots = list(range(config.slots - 1, -1, -1))
         self._waiting: collections.deque[_Run] = collections.deque()
         self._running: list[_Run] = []
@@ -161,6 +175,10 @@ class Engine:
             self._flight = self._draw(rows)
         if before is not None:
             self._look(before)
+        if self._flight is not None and self.config.guesses:
+            # What goes in next depends on which guesses were right.
+            before, self._flight = self._flight, None
+            self._look(before)
         events, self._unsaid = self._unsaid, []
         return events
 
@@ -189,18 +207,15 @@ class Engine:
 
         They are kept in the compilation cache, where there is one. `progress` gets how many are done, of how many.
         """
-        shapes = [(rows, pages, 0) for pages in self._page_buckets for rows in self._row_buckets]
-        shapes += [(1, pages, tokens) for pages in self._page_buckets for tokens in self._read_buckets]
-        for number, (rows, pages, tokens) in enumerate(shapes):
-            chosen = self._rows([], rows, pages)
-            if tokens:
-                zeros = np.zeros((1, tokens), np.int32)
-                self._state = device.read(
-                    self._decoder, self._params, self._state, chosen, zeros, np.zeros(1, np.int32)
-                )
+        widths = {1, 1 + self.config.guesses}
+        shapes = [(R, P, T, True) for P in self._page_buckets for R in self._row_buckets for T in sorted(widths)]
+        shapes += [(1, P, T, False) for P in self._page_buckets for T in self._read_buckets]
+        for number, (R, P, T, draws) in enumerate(shapes):
+            rows = self._rows([], R, P)
+            if draws:
+                self._step(rows, self._wanted([], [], R, T))
             else:
-                wanted = self._wanted([], [], rows)
-                self._state, _ = device.step(self._decoder, self._params, self._state, chosen, wanted)
+                self._read(rows, np.zeros((1, T), np.int32), np.zeros(1, np.int32))
             progress(number + 1, len(shapes))
         jax.block_until_ready(self._state.last_B)
         return len(shapes)
@@ -258,7 +273,11 @@ class Engine:
             page, new_page = leader.pages[whole], taken
             run.pages.append(taken)
         run.cached, run.digests = leader.cached, list(leader.digests)
-        self._state = device.fork(self._state, *map(np.int32, (leader.slot, run.slot, page, new_page)))
+        given = [np.int32(number) for number in (leader.slot, run.slot, page, new_page)]
+        self._state = device.fork(self._state, *given)
+        if self._draft is not None:
+            decoder, params, state = self._draft
+            self._draft = decoder, params, device.fork(state, *given)
 
     def _load(self, run: _Run) -> None:
         vocab, prompt = self._model.config.vocab_size, len(run.request.prompt)
@@ -280,13 +299,13 @@ class Engine:
         tokens = np.zeros((1, _at_least(len(piece), self._read_buckets)), np.int32)
         tokens[0, : len(piece)] = piece
         rows, count = self._rows([run], 1), np.array([len(piece)], np.int32)
+        following = None
         if run.reported < len(run.request.prompt) and run.request.scored:
             following = np.zeros_like(tokens)
             following[0, : len(piece)] = run.tokens[run.cached + 1 : run.cached + 1 + len(piece)]
-            self._state, scored = device.score(self._decoder, self._params, self._state, rows, tokens, count, following)
+        scored = self._read(rows, tokens, count, following)
+        if scored is not None:
             self._report(run, run.cached + 1, jax.device_get(scored))
-        else:
-            self._state = device.read(self._decoder, self._params, self._state, rows, tokens, count)
         run.cached += len(piece)
         self._know(run)
 
@@ -330,36 +349,114 @@ class Engine:
         return is_there and bool(self._free_slots) and any(other.waits_for is run for other in self._waiting)
 
     def _draw(self, runs: list[_Run]) -> _Flight:
-        inputs = [run.tokens[run.cached] if run.cached < len(run.tokens) else -1 for run in runs]
         R = _at_least(len(runs), self._row_buckets)
-        rows = self._rows(runs, R)
-        wanted = self._wanted(runs, inputs, R)
-        self._state, drawn = device.step(self._decoder, self._params, self._state, rows, wanted)
+        room = [self._room(run) for run in runs]
+        inputs = [[run.tokens[run.cached] if run.cached < len(run.tokens) else -1] for run in runs]
+        if self._draft is None:
+            for run, given, most in zip(runs, inputs, room, strict=True):
+                given += look_up(run.tokens, most) if most else []
+            room = [len(given) - 1 for given in inputs]
+        T = 1 + self.config.guesses if any(room) else 1
+        rows, wanted = self._rows(runs, R), self._wanted(runs, inputs, R, T)
+        counts = [1 + most for most in room]
+        count_R = np.array(counts + [0] * (R - len(runs)), np.int32)
+        wanted, drawn = self._step(rows, wanted._replace(count_R=jnp.asarray(count_R)))
         for run in runs:
             run.cached += 1
-        return _Flight(runs, [run.slot for run in runs], drawn)
+        self.guessed += sum(room)
+        return _Flight(runs, [run.slot for run in runs], counts, wanted.token_RT[:, 1:], drawn)
+
+    def _room(self, run: _Run) -> int:
+        """How many tokens can be guessed for it, in the pages that are free."""
+        request = run.request
+        if not self.config.guesses or request.sampling.adjusts or request.limit is not None:
+            return 0
+        written = len(run.tokens) - len(request.prompt)
+        most = min(self.config.guesses, request.max_tokens - written - 1)
+        while len(run.pages) * self.config.page_size < run.cached + 1 + most and self.pages.available:
+            page = self.pages.take()
+            assert page is not None
+            run.pages.append(page)
+        return min(most, len(run.pages) * self.config.page_size - run.cached - 1)
 
     def _look(self, flight: _Flight) -> None:
         """At what a step has drawn, but for requests that have ended since, or lost their slot."""
-        drawn = jax.device_get(flight.drawn)
-        for row, (run, slot) in enumerate(zip(flight.runs, flight.slots, strict=True)):
+        drawn, guess_RT = jax.device_get((flight.drawn, flight.guess_RT))
+        for row, (run, slot, count) in enumerate(zip(flight.runs, flight.slots, flight.counts, strict=True)):
             if run.slot != slot:
                 continue
-            token = int(drawn.token_R[row])
-            run.tokens.append(token)
+            for place in range(count):
+                self._take(run, drawn, (row, place))
+                if run.slot < 0 or place + 1 == count or run.tokens[-1] != guess_RT[row, place]:
+                    break
+                run.cached += 1
+                self.right += 1
+            if run.slot >= 0:
+                self._know(run)
+
+    def _take(self, run: _Run, drawn: device.Drawn, at: tuple[int, int]) -> None:
+        token, request = int(drawn.token_RT[at]), run.request
+        run.tokens.append(token)
+        if request.limit is not None:
+            request.limit.accept(token)
+        finish: Finish | None = None
+        if token in request.stop_ids:
+            finish = "stop"
+        elif len(run.tokens) - len(request.prompt) >= request.max_tokens:
+            finish = "length"
+        top = zip(drawn.top_RTK[at][: request.top].tolist(), drawn.top_logp_RTK[at].tolist(), strict=False)
+        self._unsaid.append(Event(run.number, token, float(drawn.logp_RT[at]), tuple(top), finish=finish))
+        if finish:
             self._know(run)
-            request, written = run.request, len(run.tokens) - len(run.request.prompt)
-            finish: Finish | None = None
-            if request.limit is not None:
-                request.limit.accept(token)
-            if token in request.stop_ids:
-                finish = "stop"
-            elif written >= request.max_tokens:
-                finish = "length"
-            top = zip(drawn.top_RK[row, : request.top].tolist(), drawn.top_logp_RK[row].tolist(), strict=False)
-            self._unsaid.append(Event(run.number, token, float(drawn.logp_R[row]), tuple(top), finish=finish))
-            if finish:
-                self._finish(run)
+            self._finish(run)
+
+    # --- what the device does -----------------------------------------------------------------------------------------
+
+    def _started(self, decoder: Decoder, params: Params, pages: int) -> tuple[Params, device.State]:
+        c = self.config
+        shape = dict(slots=c.slots, pages=pages, size=c.page_size, vocab=self._model.config.vocab_size)
+        return ready(decoder, params), device.start(decoder, int8=c.int8, **shape)
+
+    def _drafter(self, draft: tuple[Model, Params] | None, pages: int) -> tuple[Decoder, Params, device.State] | None:
+        if draft is None:
+            return None
+        model, params = draft
+        check_predicts_tokens(model.config)
+        if model.config.vocab_size != self._model.config.vocab_size or model.config.max_positions < self._reach:
+            raise UserError(
+                f"the draft model has {model.config.vocab_size} tokens and {model.config.max_positions} positions, and "
+                f"should have {self._model.config.vocab_size} and at least {self._reach}: choose another"
+            )
+        if model.partition is not None:
+            model = make_model(model.config, model.partition.with_whole_batch())
+        decoder = Decoder.of(model)
+        params, state = self._started(decoder, params, pages)
+        if not _all_in_pages(state):
+            raise UserError("a draft model needs layers that all look back to the beginning: choose another")
+        return decoder, params, state
+
+    def _read(
+        self, rows: device.Rows, tokens: np.ndarray, count: np.ndarray, following: np.ndarray | None = None
+    ) -> device.Scored | None:
+        given: Any = (rows, tokens, count)
+        if self._draft is not None:
+            decoder, params, state = self._draft
+            self._draft = decoder, params, device.read(decoder, params, state, *given)
+        if following is None:
+            self._state = device.read(self._decoder, self._params, self._state, *given)
+            return None
+        self._state, scored = device.score(self._decoder, self._params, self._state, *given, following)
+        return scored
+
+    def _step(self, rows: device.Rows, wanted: device.Wanted) -> tuple[device.Wanted, device.Drawn]:
+        """What went in, guesses of a draft model with it, and what was drawn."""
+        if self._draft is not None and wanted.token_RT.shape[1] > 1:
+            decoder, params, state = self._draft
+            state, guess_RT = propose(decoder, params, state, rows, wanted, most=self.config.guesses)
+            self._draft = decoder, params, state
+            wanted = wanted._replace(token_RT=jnp.concatenate([wanted.token_RT[:, :1], guess_RT], axis=1))
+        self._state, drawn = device.step(self._decoder, self._params, self._state, rows, wanted)
+        return wanted, drawn
 
     # --- books --------------------------------------------------------------------------------------------------------
 
@@ -417,37 +514,30 @@ class Engine:
             table[row, : len(run.pages)] = run.pages
         return device.Rows(slot, length, table)  # type: ignore[arg-type]
 
-    def _wanted(self, runs: Sequence[_Run], inputs: Sequence[int], R: int) -> device.Wanted:
-        def of(name: str, off: float, dtype: Any = np.float32) -> np.ndarray:
+    def _wanted(self, runs: Sequence[_Run], inputs: Sequence[list[int]], R: int, T: int) -> device.Wanted:
+        def of(name: str, off: float, dtype: Any = np.float32) -> Any:
             values = np.full(R, off, dtype)
             values[: len(runs)] = [getattr(run.request.sampling, name) for run in runs]
             return values
 
-        token, limited = np.zeros(R, np.int32), np.zeros(R, bool)
-        token[: len(runs)] = inputs[: len(runs)]
+        token, count, limited = np.zeros((R, T), np.int32), np.zeros(R, np.int32), np.zeros(R, bool)
         allowed = np.zeros((R, -(-self._model.config.vocab_size // 32)), np.uint32)
-        for row, run in enumerate(runs):
+        seed, top = np.zeros(R, np.uint32), np.zeros(R, bool)
+        for row, (run, given) in enumerate(zip(runs, inputs, strict=True)):
+            token[row, : len(given)], count[row] = given, len(given)
+            seed[row], top[row] = run.request.sampling.seed % 2**32, run.request.top > 0
             if run.request.limit is not None:
                 limited[row], allowed[row] = True, run.request.limit.allowed()
-        seed = np.zeros(R, np.uint32)
-        seed[: len(runs)] = [run.request.sampling.seed % 2**32 for run in runs]
-        top = np.zeros(R, bool)
-        top[: len(runs)] = [run.request.top > 0 for run in runs]
-        return device.Wanted(
-            token,
-            seed,
-            of("temperature", 0),
-            of("top_k", 0, np.int32),
-            of("top_p", 1),
-            of("min_p", 0),
-            of("repetition", 1),
-            of("presence", 0),
-            of("frequency", 0),
-            of("adjusts", False, bool),
-            limited,
-            allowed,
-            top,
+        settings = (
+            *(of("temperature", 0), of("top_k", 0, np.int32), of("top_p", 1), of("min_p", 0)),
+            *(of("repetition", 1), of("presence", 0), of("frequency", 0), of("adjusts", False, bool)),
         )
+        arrays: Any = (token, count, seed, *settings, limited, allowed, top)
+        return device.Wanted(*arrays)
+
+
+def _all_in_pages(state: device.State) -> bool:
+    return all(isinstance(kept, device.Pool) for layer in state.layers for kept in layer.values())
 
 
 def _buckets(least: int, most: int) -> list[int]:

@@ -39,12 +39,14 @@ class Rows(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """How the next token of each row is drawn. token_R: what goes in, below 0 for the one drawn last.
+    """What goes into each row, and how the tokens after it are drawn.
 
-    adjusted_R: whether penalties and biases count. allowed_RW: bits of the tokens that may be drawn, where limited_R.
+    token_RT: the first `count_R` of them; the very first below 0 for the one drawn last. adjusted_R: whether penalties
+    and biases count, limited_R: whether `allowed_RW` has the bits of the tokens that may be drawn; both for one token.
     """
 
-    token_R: jax.Array
+    token_RT: jax.Array
+    count_R: jax.Array
     seed_R: jax.Array
     temperature_R: jax.Array
     top_k_R: jax.Array
@@ -60,13 +62,14 @@ class Wanted(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A token a row, its log-probability by the model alone (at temperature 1, before any filter), and the likeliest
-    tokens with theirs, which are zeros where no row asks for them."""
+    """After each token that went in: the one drawn, its log-probability, and the likeliest tokens with theirs, zeros
+    where no row asks for them. Log-probabilities are the model's alone, at temperature 1 and before any filter.
+    """
 
-    token_R: jax.Array
-    logp_R: jax.Array
-    top_RK: jax.Array
-    top_logp_RK: jax.Array
+    token_RT: jax.Array
+    logp_RT: jax.Array
+    top_RTK: jax.Array
+    top_logp_RTK: jax.Array
 
 
 class Scored(NamedTuple):
@@ -89,7 +92,7 @@ def start(decoder: Decoder, *, slots: int, pages: int, size: int, int8: bool, vo
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array) -> State:
     """The first `count_R` of these tokens into the cache."""
-    return _applied(decoder, params, state, rows, tokens_RT, count_R)[0]
+    return applied(decoder, params, state, rows, tokens_RT, count_R)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -103,7 +106,7 @@ def score(
     next_RT: jax.Array,
 ) -> tuple[State, Scored]:
     """As `read`, and what the model expected instead of the tokens that come after each of these."""
-    state, hidden_RTD = _applied(decoder, params, state, rows, tokens_RT, count_R)
+    state, hidden_RTD = applied(decoder, params, state, rows, tokens_RT, count_R)
     logp_RTV = jax.nn.log_softmax(unembed(hidden_RTD, decoder.head(params), decoder.softcap))
     is_next_RTV = next_RT[..., None] == jnp.arange(logp_RTV.shape[-1])[None, None]
     logp_RT = jnp.sum(jnp.where(is_next_RTV, logp_RTV, 0), axis=-1)
@@ -113,41 +116,44 @@ def score(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted) -> tuple[State, Drawn]:
-    """One token of each row into the cache, and the next one drawn."""
-    slots = len(state.last_B)
-    token_R = jnp.where(wanted.token_R >= 0, wanted.token_R, jnp.take(state.last_B, rows.slot_R, mode="clip"))
-    is_there_R = rows.slot_R < slots
-    state, hidden_R1D = _applied(decoder, params, state, rows, token_R[:, None], is_there_R.astype(jnp.int32))
-    logits_RV = unembed(hidden_R1D, decoder.head(params), decoder.softcap)[:, 0]
-    adjusted_RV = _adjusted(state, rows, wanted, logits_RV)
-    drawn_R = jax.lax.cond(
-        jnp.any(wanted.temperature_R > 0),
-        lambda: sampling.sample(
-            adjusted_RV,
-            wanted.seed_R,
-            rows.length_R + 1,
-            temperature=wanted.temperature_R,
-            top_k=wanted.top_k_R,
-            top_p=wanted.top_p_R,
-            min_p=wanted.min_p_R,
-        ),
-        lambda: jnp.argmax(adjusted_RV, axis=-1).astype(jnp.int32),
+    """The wanted tokens of each row into the cache, and after each the next one drawn."""
+    R, T = wanted.token_RT.shape
+    last_R = jnp.take(state.last_B, rows.slot_R, mode="clip")
+    token_RT = wanted.token_RT.at[:, 0].set(jnp.where(wanted.token_RT[:, 0] >= 0, wanted.token_RT[:, 0], last_R))
+    state, hidden_RTD = applied(decoder, params, state, rows, token_RT, wanted.count_R)
+    logits_RTV = unembed(hidden_RTD, decoder.head(params), decoder.softcap)
+    adjusted_RTV = _adjusted(state, rows, wanted, logits_RTV)
+    V = logits_RTV.shape[-1]
+
+    def drawn() -> jax.Array:
+        offsets_T = jnp.arange(1, T + 1, dtype=jnp.int32)
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return sampling.sample(
+            adjusted_RTV.reshape(R * T, V),
+            jnp.repeat(wanted.seed_R, T),
+            (rows.length_R[:, None] + offsets_T[None]).reshape(R * T),
+            **{name: jnp.repeat(getattr(wanted, f"{name}_R"), T) for name in names},
+        ).reshape(R, T)
+
+    drawn_RT = jax.lax.cond(
+        jnp.any(wanted.temperature_R > 0), drawn, lambda: jnp.argmax(adjusted_RTV, axis=-1).astype(jnp.int32)
     )
+    last_R = jnp.take_along_axis(drawn_RT, jnp.maximum(wanted.count_R - 1, 0)[:, None], axis=1)[:, 0]
     state = state._replace(
-        last_B=state.last_B.at[rows.slot_R].set(drawn_R, mode="drop"),
-        count_BV=state.count_BV.at[rows.slot_R, drawn_R].add(1, mode="drop"),
+        last_B=state.last_B.at[rows.slot_R].set(last_R, mode="drop"),
+        count_BV=state.count_BV.at[rows.slot_R, last_R].add(1, mode="drop"),
     )
-    logz_R = jax.nn.logsumexp(logits_RV, axis=-1)
+    logz_RT = jax.nn.logsumexp(logits_RTV, axis=-1)
     # A gather over a sharded vocabulary goes wrong.
-    is_drawn_RV = drawn_R[:, None] == jnp.arange(logits_RV.shape[-1])[None]
-    logp_R = jnp.sum(jnp.where(is_drawn_RV, logits_RV, 0), axis=-1) - logz_R
-    most = min(TOP, logits_RV.shape[-1])
-    top_logit_RK, top_RK = jax.lax.cond(
+    is_drawn_RTV = drawn_RT[..., None] == jnp.arange(V)[None, None]
+    logp_RT = jnp.sum(jnp.where(is_drawn_RTV, logits_RTV, 0), axis=-1) - logz_RT
+    most = min(TOP, V)
+    top_logit_RTK, top_RTK = jax.lax.cond(
         jnp.any(wanted.top_R),
-        lambda: tuple(jax.lax.top_k(logits_RV, most)),
-        lambda: (jnp.zeros((len(token_R), most), logits_RV.dtype), jnp.zeros((len(token_R), most), jnp.int32)),
+        lambda: tuple(jax.lax.top_k(logits_RTV, most)),
+        lambda: (jnp.zeros((R, T, most), logits_RTV.dtype), jnp.zeros((R, T, most), jnp.int32)),
     )
-    return state, Drawn(drawn_R, logp_R, top_RK, top_logit_RK - logz_R[:, None])
+    return state, Drawn(drawn_RT, logp_RT, top_RTK, top_logit_RTK - logz_RT[..., None])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -170,9 +176,10 @@ def fork(state: State, slot: jax.Array, new_slot: jax.Array, page: jax.Array, ne
     return state._replace(layers=_each(copied, state.layers))
 
 
-def _applied(
+def applied(
     decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array
 ) -> tuple[State, jax.Array]:
+    """hidden_RTD of these tokens, the first `count_R` of which are in the cache then."""
     offsets_1T = jnp.arange(tokens_RT.shape[1], dtype=jnp.int32)[None]
     positions_RT = jnp.minimum(rows.length_R[:, None] + offsets_1T, decoder.max_positions - 1)
     inputs = Inputs(tokens_RT, positions_RT, (offsets_1T < count_R[:, None]).astype(jnp.int32))
@@ -190,30 +197,26 @@ def _applied(
     return state._replace(layers=layers), out.hidden_BTD
 
 
-def _adjusted(state: State, rows: Rows, wanted: Wanted, logits_RV: jax.Array) -> jax.Array:
+def _adjusted(state: State, rows: Rows, wanted: Wanted, logits_RTV: jax.Array) -> jax.Array:
+    def at_each(change: Any, logits_RTV: jax.Array) -> jax.Array:
+        return jax.vmap(change, in_axes=1, out_axes=1)(logits_RTV)
+
     def with_penalties() -> jax.Array:
         in_prompt_RV, count_RV, bias_RV = (
             jnp.take(kept, rows.slot_R, axis=0, mode="clip")
             for kept in (state.in_prompt_BV, state.count_BV, state.bias_BV)
         )
-        penalised_RV = sampling.penalties(
-            logits_RV,
-            in_prompt_RV,
-            count_RV,
-            repetition=wanted.repetition_R,
-            presence=wanted.presence_R,
-            frequency=wanted.frequency_R,
-        )
-        return jnp.where(wanted.adjusted_R[:, None], penalised_RV + bias_RV, logits_RV)
+        strengths: Any = {name: getattr(wanted, f"{name}_R") for name in ("repetition", "presence", "frequency")}
+        changed_RTV = at_each(lambda x_RV: sampling.penalties(x_RV, in_prompt_RV, count_RV, **strengths), logits_RTV)
+        return jnp.where(wanted.adjusted_R[:, None, None], changed_RTV + bias_RV[:, None], logits_RTV)
 
-    adjusted_RV = jax.lax.cond(jnp.any(wanted.adjusted_R), with_penalties, lambda: logits_RV)
-    return jax.lax.cond(
-        jnp.any(wanted.limited_R),
-        lambda: jnp.where(
-            wanted.limited_R[:, None], sampling.allowed_only(adjusted_RV, wanted.allowed_RW), adjusted_RV
-        ),
-        lambda: adjusted_RV,
-    )
+    adjusted_RTV = jax.lax.cond(jnp.any(wanted.adjusted_R), with_penalties, lambda: logits_RTV)
+
+    def within_limits() -> jax.Array:
+        allowed_RTV = at_each(lambda x_RV: sampling.allowed_only(x_RV, wanted.allowed_RW), adjusted_RTV)
+        return jnp.where(wanted.limited_R[:, None, None], allowed_RTV, adjusted_RTV)
+
+    return jax.lax.cond(jnp.any(wanted.limited_R), within_limits, lambda: adjusted_RTV)
 
 
 def _each(change: Any, layers: Any, *more: Any) -> Any:

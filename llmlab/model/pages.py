@@ -36,7 +36,8 @@ def write_pages(
     B, T = is_real_BT.shape
     positions_BT = lengths_B[:, None] + jnp.arange(T, dtype=jnp.int32)[None]
     places_BT = jnp.minimum(positions_BT // size, table_BP.shape[1] - 1)
-    page_BT = jnp.where(is_real_BT, jnp.take_along_axis(table_BP, places_BT, axis=1), pages)
+    is_inside_BT = is_real_BT & (positions_BT < table_BP.shape[1] * size)
+    page_BT = jnp.where(is_inside_BT, jnp.take_along_axis(table_BP, places_BT, axis=1), pages)
     # Pages and heads merged, each token of a head is one contiguous piece.
     heads_11K = jnp.arange(K, dtype=jnp.int32)[None, None]
     index_BTK = jnp.where(page_BT[..., None] < pages, page_BT[..., None] * K + heads_11K, pages * K)
