@@ -30,7 +30,7 @@ FLAGS = {
         "repetition_penalty",
         "seed",
     ],
-    "chat": ["workdir", "system", "max_tokens", "temperature", "top_p", "seed", "tools"],
+    "chat": ["workdir", "system", "max_tokens", "temperature", "top_p", "seed", "tools", "allow", "max_calls"],
     "rank": ["workdir", "prompts", "out", "answers", "pairs", "drafts", "max_tokens", "temperature", "top_p", "seed"],
     "eval": [
         "workdir",

@@ -160,7 +160,7 @@ def test_chat_answers_every_line_of_its_input(
     workdir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO("def f\n/undo\n"))
-    assert cli.run(["llmlab", "chat", f"--workdir={workdir}", "--notools", "--max_tokens=12"]) == 0
+    assert cli.run(["llmlab", "chat", f"--workdir={workdir}", "--tools=", "--max_tokens=12"]) == 0
     captured = capsys.readouterr()
     assert captured.out.endswith("\ntaken back: def f\n")
     assert "plain text" in captured.err

@@ -156,6 +156,39 @@ def test_a_tool_that_fails_or_is_not_there_answers_so():
     assert right == tool("add", "4")
 
 
+def test_a_call_that_is_refused_is_an_answer_to_the_model(monkeypatch):
+    ran, asked = [], []
+    tools = {"keep": lambda text: ran.append(text) or "kept", "add": TOOLS["add"]}
+
+    def approve(call):
+        asked.append(call)
+        return call.name == "add"
+
+    script = "<|call|>keep x<|/call|><|call|>add 1+2<|/call|><|call|>ad 1<|/call|>"
+    prompts = says(monkeypatch, lambda prompt, seed: "Well." if "<|result|>" in prompt else script)
+    settings = {"tools": tools, "approve": approve, "max_tokens": 99}
+    said = reply(MODEL, {}, TEMPLATE, TOKENIZER, [user("hi")], **settings)
+    no = "error: the user does not allow this call"
+    missing = "error: there is no tool 'ad': did you mean 'add'?"
+    assert said.messages[1:] == (tool("keep", no), tool("add", "3"), tool("ad", missing), assistant("Well."))
+    assert ran == []
+    assert [call.name for call in asked] == ["keep", "add"]
+    assert f"<|tool|>keep<|result|>{no}<|end|><|tool|>add<|result|>3<|end|>" in prompts[1]
+    (many,) = replies(MODEL, {}, TEMPLATE, [[user("hi")]], **settings)
+    assert (many.messages, ran) == (said.messages, [])
+
+
+@pytest.mark.parametrize("calls_a_turn, max_calls, turns", [(1, 0, 1), (1, 3, 4), (3, 7, 3), (9, 4, 1)])
+def test_a_model_that_never_stops_calling_is_stopped(monkeypatch, calls_a_turn, max_calls, turns):
+    ran = []
+    script = "<|call|>f<|/call|>" * calls_a_turn
+    tools = {"f": lambda text: ran.append(text) or "."}
+    said, pieces = heard(monkeypatch, script, tools=tools, max_calls=max_calls)
+    assert sum(message.role == "assistant" for message in said.messages) == turns
+    assert len(ran) == (turns - 1) * calls_a_turn <= max_calls
+    assert pieces[-1] == ("note", f"no more than {max_calls} calls are run for one answer")
+
+
 def test_an_answer_can_be_stopped(monkeypatch):
     pieces = []
     settings = {"on_text": lambda kind, text: pieces.append(text), "stop": lambda: len(pieces) == 3}

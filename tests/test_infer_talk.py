@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from llmlab.infer import talk
 from llmlab.infer.chat import Reply
 from llmlab.infer.talk import chat_command, speed_text
 from llmlab.infer.terminal import Terminal
+from llmlab.infer.tools import named
 from tests.scripted import REACH, assistant, opened, says
 from tests.test_infer_terminal import on_a_terminal
 
@@ -68,8 +70,69 @@ def test_the_same_question_again_is_drawn_anew(monkeypatch):
 def test_tools_run_and_are_shown(monkeypatch):
     says(monkeypatch, lambda prompt, seed: "It is 3." if "<|result|>3" in prompt else "<|call|>add 1+2<|/call|>")
     tools = {"add": lambda text: str(sum(map(int, text.split("+"))))}
-    assert piped("1+2?", tools=tools) == "calls add 1+2\ngets 3\nIt is 3.\n"
+    assert piped("1+2?", tools=tools, allowed=["add"]) == "calls add 1+2\ngets 3\nIt is 3.\n"
     assert piped("1+2?") == "calls add 1+2\n"
+
+
+ADD = {"add": lambda text: str(sum(map(int, text.split("+"))))}
+
+
+def adding(prompt, seed):
+    """Calls `add` for whatever it is asked, and then says what it was answered."""
+    last = prompt.rpartition("<|user|>")[2]
+    return f"So {last.rpartition('<|result|>')[2][:-20]}" if "<|result|>" in last else "<|call|>add 1+2<|/call|>"
+
+
+def test_what_is_not_allowed_does_not_run_through_a_pipe(monkeypatch):
+    asked = says(monkeypatch, adding)
+    assert "gets error: the user does not allow this call\n" in piped("1+2?", tools=ADD)
+    assert asked[1].endswith("<|result|>error: the user does not allow this call<|end|><|assistant|>")
+
+
+@pytest.mark.parametrize(
+    "answers, runs",
+    [(["y", "no"], [True, False]), (["", "x", "n", "a"], [False, True]), (["A"], [True, True])],
+)
+def test_on_a_terminal_each_call_is_asked_for(monkeypatch, answers, runs):
+    says(monkeypatch, adding)
+    typed = ["first", *answers, "second"] if answers == ["A"] else ["first", *answers[:-1], "second", answers[-1]]
+    terminal, shown = on_a_terminal(monkeypatch, *typed)
+    chat_command(opened(), terminal, tools=ADD, max_tokens=64)
+    assert [result == "3" for result in re.findall(r"gets ([\w: ]+)", shown.getvalue())] == runs
+    assert shown.getvalue().count("run add? [y]es") == len(answers)
+
+
+def test_no_answer_allows_nothing(monkeypatch):
+    says(monkeypatch, adding)
+    terminal, shown = on_a_terminal(monkeypatch, "first")
+    chat_command(opened(), terminal, tools=ADD, max_tokens=64)
+    assert "does not allow" in shown.getvalue()
+
+
+def test_an_interrupt_at_the_question_runs_nothing(monkeypatch):
+    ran = []
+    says(monkeypatch, adding)
+    terminal, shown = on_a_terminal(monkeypatch, "first", "y", "second", "n")
+    type_ = __builtins__["input"]
+
+    def interrupted(prompt):
+        if prompt.startswith("run") and not ran:
+            ran.append("asked")
+            os.kill(os.getpid(), signal.SIGINT)
+        return type_(prompt)
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    chat_command(opened(), terminal, tools={"add": ran.append}, max_tokens=64)
+    assert ran == ["asked"]
+    assert "note: stopped" in shown.getvalue()
+
+
+def test_tools_are_listed_with_what_they_do(monkeypatch):
+    tools = named(["calculator", "lookup"])
+    said = piped("/tools", tools=tools, allowed=["lookup"]).splitlines()
+    assert [line.partition(":")[0] for line in said] == ["calculator (does not run", "lookup"]
+    assert "The value of an expression of numbers" in said[0]
+    assert piped("/tools") == "the model has no tools: --tools gives it some\n"
 
 
 def test_conversations_are_saved_as_rows(monkeypatch, tmp_path):

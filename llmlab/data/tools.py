@@ -29,14 +29,14 @@ class Tool(NamedTuple):
     run: Callable[[str], str]
 
 
-def calculator(arguments: str) -> str:
+def calculator(expression: str) -> str:
     """The value of an expression of numbers, + - * / // % ** and parentheses, or what is wrong, after `error: `."""
-    if len(arguments) > MAX_ARGUMENTS:
+    if len(expression) > MAX_ARGUMENTS:
         return f"error: more than {MAX_ARGUMENTS} characters"
-    if not re.fullmatch(r"[\d\s.eE()*/%+-]+", arguments, re.ASCII):
+    if not re.fullmatch(r"[\d\s.eE()*/%+-]+", expression, re.ASCII):
         return "error: only numbers, + - * / // % ** and parentheses"
     try:
-        value = _evaluate(ast.parse(arguments.strip(), mode="eval").body)
+        value = _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except ZeroDivisionError:
         return "error: division by zero"
     except OverflowError:
@@ -46,12 +46,12 @@ def calculator(arguments: str) -> str:
     return str(value) if isinstance(value, int) else f"{value:.12g}"
 
 
-def lookup(arguments: str) -> str:
+def lookup(name: str) -> str:
     """What the documentation of Python's standard library says of a name, after the name; or the names that are near.
 
     A name without its module will do where only one module has it.
     """
-    asked = arguments[:MAX_ARGUMENTS].strip().strip("`'\".?").removesuffix("()")
+    asked = name[:MAX_ARGUMENTS].strip().strip("`'\".?").removesuffix("()")
     found = _index().get(asked) or _index().get(asked.lower(), [])
     if len(found) == 1:
         return f"{found[0].name}: {found[0].summary}"

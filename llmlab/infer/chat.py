@@ -16,9 +16,11 @@ Tool = Callable[[str], str]
 Tools = Mapping[str, Tool]
 Kind = Literal["text", "thinking", "call", "result", "note"]
 Listener = Callable[[Kind, str], None]
+Approve = Callable[[ToolCall], bool]
 
 NO_TOOLS: Tools = MappingProxyType({})
 MAX_CALLS = 4
+REFUSED = "error: the user does not allow this call"
 # Markers of published models that are no control tokens to their tokenizers, and to some no tokens at all.
 _CALL = "<tool_call>"
 _PLAIN_MARKERS = ("<think>", "</think>", _CALL, "</tool_call>")
@@ -50,6 +52,7 @@ def reply(
     max_tokens: int,
     seed: int = 0,
     max_calls: int = MAX_CALLS,
+    approve: Approve = lambda call: True,
     on_text: Listener | None = None,
     stop: Callable[[], bool] = lambda: False,
     **sampling: Any,
@@ -62,6 +65,7 @@ def reply(
       tools: what each name runs. A tool that fails answers with its error; without tools, a call ends the reply.
       max_tokens: of each turn.
       max_calls: no tool runs that would be one more.
+      approve: asked before each call whether it may run; what is refused, the model is told so.
       on_text: gets what is written as it comes, in whole characters and free of markers, with its kind. A call comes
         when it is whole, the result after it; a `note` is ours.
       stop: asked after every token whether to end here.
@@ -93,11 +97,17 @@ def reply(
             max(left_out, said.left_out),
         )
         calls += len(message.calls)
-        if not (ended and message.calls and tools) or calls > max_calls or stop():
+        if not (ended and message.calls and tools) or stop():
             return said
-        for result in results(message.calls, tools):
+        if calls > max_calls:
+            say("note", f"no more than {max_calls} calls are run for one answer")
+            return said
+        for call in message.calls:
+            (result,) = results([call], tools, approve)
             say("result", result.content)
             said = said._replace(messages=(*said.messages, result))
+        if stop():
+            return said._replace(ended=False)
 
 
 def replies(
@@ -110,6 +120,7 @@ def replies(
     max_tokens: int,
     seeds: Sequence[int] | None = None,
     max_calls: int = MAX_CALLS,
+    approve: Approve = lambda call: True,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda done: None,
     **sampling: Any,
@@ -158,16 +169,16 @@ def replies(
                 )
                 calls[i] += len(message.calls)
                 if ended and message.calls and tools and calls[i] <= max_calls:
-                    said[i] = said[i]._replace(messages=(*said[i].messages, *results(message.calls, tools)))
+                    said[i] = said[i]._replace(messages=(*said[i].messages, *results(message.calls, tools, approve)))
                     pending.append(i)
             done += len(chosen) - sum(i in pending for i in chosen)
             progress(done)
     return said
 
 
-def results(calls: Iterable[ToolCall], tools: Tools) -> list[Message]:
-    """The turn of the tool after each call; where there is no such tool, or it fails, the turn says so."""
-    return [Message("tool", _result(call, tools), name=call.name) for call in calls]
+def results(calls: Iterable[ToolCall], tools: Tools, approve: Approve = lambda call: True) -> list[Message]:
+    """The turn of the tool after each call; where there is no such tool, it fails or is refused, the turn says so."""
+    return [Message("tool", _result(call, tools, approve), name=call.name) for call in calls]
 
 
 def split(conversation: Conversation) -> tuple[Conversation, Conversation]:
@@ -254,9 +265,11 @@ def _markers(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset([*tokenizer.control.values(), *(ids[0] for ids in plain if len(ids) == 1)])
 
 
-def _result(call: ToolCall, tools: Tools) -> str:
+def _result(call: ToolCall, tools: Tools, approve: Approve) -> str:
     if call.name not in tools:
         return f"error: there is no tool {call.name!r}: {nearest(call.name, tools)}"
+    if not approve(call):
+        return REFUSED
     try:
         return tools[call.name](call.arguments)
     except Exception as error:  # Whatever a tool cannot do is an answer, which the model has to deal with.

@@ -1,11 +1,12 @@
 """What `llmlab chat` does: asks for a line, lets the model answer as it comes, and keeps what was said."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from llmlab.core.errors import LlmlabError, UserError, nearest
-from llmlab.data.chat import ChatTemplate, Conversation, MarkerTemplate, Message, template_for
-from llmlab.infer.chat import NO_TOOLS, Reply, Tools, reply
+from llmlab.data.chat import ChatTemplate, Conversation, MarkerTemplate, Message, ToolCall, template_for
+from llmlab.infer.chat import NO_TOOLS, Approve, Reply, Tools, reply
 from llmlab.infer.kept import append_rows, as_turns
 from llmlab.infer.terminal import Terminal, interruptible
 from llmlab.workdir.open import Opened
@@ -14,6 +15,7 @@ HELP = """\
 /reset       begins a new conversation
 /undo        takes the last question back, with what was answered
 /save FILE   appends the conversation to FILE, as a row that data.rows=chat reads
+/tools       what the model may call, and what of it runs unasked
 /help        shows this
 Ctrl-C stops an answer, Ctrl-D leaves. A line that begins with a space is never a command."""
 
@@ -24,11 +26,14 @@ def chat_command(
     *,
     system: str = "",
     tools: Tools = NO_TOOLS,
+    allowed: Iterable[str] = (),
     max_tokens: int,
     seed: int = 0,
     **sampling: Any,
 ) -> None:
     """Talks until there are no more lines. Half of the model's positions at most are kept for an answer.
+
+    Tools that are `allowed` run unasked. The others ask on a terminal before each call, and do not run elsewhere.
 
     Raises:
       UserError: the tokenizer has no chat template, or a setting is out of its range.
@@ -37,6 +42,8 @@ def chat_command(
     max_tokens = min(max_tokens, max(1, opened.model.config.max_positions // 2))
     start: Conversation = (Message("system", system),) if system else ()
     conversation, answers = start, 0
+    allowed = set(allowed)
+    commands = COMMANDS | {"/tools": functools.partial(_tools, tools, allowed)}
     if only_text(opened, template):
         terminal.aside("this model was last trained on plain text, not on conversations: expect no answers from it")
     if terminal.interactive:
@@ -54,7 +61,7 @@ def chat_command(
             terminal.line()
             continue
         if line.startswith("/"):
-            conversation = _commanded(line, conversation, start, terminal)
+            conversation = _commanded(line, conversation, start, terminal, commands)
         elif line.strip():
             asked = (*conversation, Message("user", line.strip()))
             conversation = _answered(
@@ -63,6 +70,7 @@ def chat_command(
                 asked,
                 terminal,
                 tools=tools,
+                approve=functools.partial(_approved, terminal=terminal, allowed=allowed),
                 max_tokens=max_tokens,
                 seed=seed + answers,
                 **sampling,
@@ -77,13 +85,28 @@ def only_text(opened: Opened, template: ChatTemplate) -> bool:
 
 
 def _answered(
-    opened: Opened, template: ChatTemplate, asked: Conversation, terminal: Terminal, *, max_tokens: int, **settings: Any
+    opened: Opened,
+    template: ChatTemplate,
+    asked: Conversation,
+    terminal: Terminal,
+    *,
+    approve: Approve,
+    max_tokens: int,
+    **settings: Any,
 ) -> Conversation:
     """The conversation with what the model says to it, or without the question where that cannot be answered."""
     parts = opened.model, opened.params, template, opened.tokenizer
     with interruptible() as stopped:
         try:
-            said = reply(*parts, asked, max_tokens=max_tokens, on_text=terminal.say, stop=stopped, **settings)
+            said = reply(
+                *parts,
+                asked,
+                max_tokens=max_tokens,
+                on_text=terminal.say,
+                stop=stopped,
+                approve=lambda call: not stopped() and approve(call) and not stopped(),
+                **settings,
+            )
         except KeyboardInterrupt:
             terminal.say("note", "given up, and the question with it")
             return asked[:-1]
@@ -113,13 +136,45 @@ def speed_text(said: Reply) -> str:
     return f"{said.tokens} tokens, {(said.tokens - turns) / said.seconds:.1f} tokens/s"
 
 
-def _commanded(line: str, conversation: Conversation, start: Conversation, terminal: Terminal) -> Conversation:
+def _approved(call: ToolCall, *, terminal: Terminal, allowed: set[str]) -> bool:
+    """Whether the call may run; whoever says `always` is not asked again for that tool."""
+    if call.name in allowed or not terminal.interactive:
+        return call.name in allowed
+    while True:
+        try:
+            said = terminal.ask(f"run {call.name}? [y]es, [n]o, [a]lways: ").strip().lower()
+        except EOFError:
+            return False
+        if said and "always".startswith(said):
+            allowed.add(call.name)
+        if said and any(word.startswith(said) for word in ("yes", "always", "no")):
+            return not "no".startswith(said)
+
+
+def _commanded(
+    line: str,
+    conversation: Conversation,
+    start: Conversation,
+    terminal: Terminal,
+    commands: Mapping[str, "Command"],
+) -> Conversation:
     """The conversation after a line that begins with a slash."""
     name, _, argument = line.partition(" ")
-    if name not in COMMANDS:
-        terminal.line(f"there is no {name}: {nearest(name, COMMANDS)}", dim=True)
+    if name not in commands:
+        terminal.line(f"there is no {name}: {nearest(name, commands)}", dim=True)
         return conversation
-    return COMMANDS[name](conversation, start, argument.strip(), terminal)
+    return commands[name](conversation, start, argument.strip(), terminal)
+
+
+def _tools(
+    tools: Tools, allowed: set[str], conversation: Conversation, start: Conversation, argument: str, terminal: Terminal
+) -> Conversation:
+    for name, tool in tools.items():
+        asked = "" if name in allowed else " (asks first)" if terminal.interactive else " (does not run: --allow it)"
+        terminal.line(f"{name}{asked}: {getattr(tool, 'description', '')}", dim=True)
+    if not tools:
+        terminal.line("the model has no tools: --tools gives it some", dim=True)
+    return conversation
 
 
 def _help(conversation: Conversation, start: Conversation, argument: str, terminal: Terminal) -> Conversation:

@@ -5,6 +5,7 @@ import sys
 from absl import flags as f
 from absl.flags import FlagValues
 
+from llmlab.core.errors import UserError, nearest
 from llmlab.core.flags import define_workdir, none_left, required
 from llmlab.verbs.common import CHAT_TEMPERATURE, Verb, define_sampling, sampling, start_jax, tools
 
@@ -33,19 +34,29 @@ def _define_chat(flags: FlagValues, argv: list[str]) -> None:
     define_workdir(flags, "The run to talk with.")
     f.DEFINE_string("system", "", "What the conversation begins with.", flag_values=flags)
     define_sampling(flags, max_tokens=256, temperature=CHAT_TEMPERATURE)
-    f.DEFINE_bool("tools", True, "Run the calculator and the look-ups that the model calls.", flag_values=flags)
+    f.DEFINE_list(
+        "tools", "calculator,lookup", "What the model may call; also python, FILE.py:NAME.", flag_values=flags
+    )
+    f.DEFINE_list("allow", "calculator,lookup", "Of these, what runs unasked; the rest asks.", flag_values=flags)
+    f.DEFINE_integer("max_calls", 4, "The most calls of tools for one answer.", flag_values=flags)
 
 
 def _chat(flags: FlagValues, rest: list[str]) -> None:
     none_left(rest)
+    from llmlab.infer.tools import HARMLESS, named
+
+    workdir, called = required(flags, "workdir"), named(flags.tools)
+    for name in flags.allow:
+        if name not in called and name not in HARMLESS:
+            raise UserError(f"--allow: there is no {name!r} among --tools: {nearest(name, called)}")
     start_jax()
     import llmlab
     from llmlab.infer.talk import chat_command
     from llmlab.infer.terminal import Terminal
 
-    opened = llmlab.open(required(flags, "workdir"))
-    called = tools() if flags.tools else {}
-    chat_command(opened, Terminal(), system=flags.system, tools=called, **sampling(flags))
+    opened = llmlab.open(workdir)
+    settings = {"system": flags.system, "tools": called, "allowed": flags.allow, "max_calls": flags.max_calls}
+    chat_command(opened, Terminal(), **settings, **sampling(flags))
 
 
 def _define_rank(flags: FlagValues, argv: list[str]) -> None:
@@ -83,9 +94,11 @@ VERBS = {
     ),
     "chat": Verb(
         "talk with a trained model",
-        "--workdir=DIR [--system=TEXT]",
-        "Streams, keeps what was said, and runs the tools that the model calls; /help says what else there is.\n"
-        "Where standard input is no terminal, each of its lines is a question:\n"
+        "--workdir=DIR [--system=TEXT] [--tools=calculator,python] [--allow=calculator]",
+        "Streams, keeps what was said, and runs the tools that the model calls: those of --allow unasked, the others\n"
+        "if you say yes to the call. --tools=python runs its code shut in; FILE.py:NAME is a function of yours, which\n"
+        "runs with your rights; --tools= gives none. /help says what else there is.\n"
+        "Where standard input is no terminal, each of its lines is a question, and only what --allow names is run:\n"
         "\n"
         "  echo 'What is 12 + 30?' | llmlab chat --workdir=runs/sft --temperature=0",
         _define_chat,
