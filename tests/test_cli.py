@@ -208,3 +208,16 @@ def test_the_module_runs_as_the_script_does():
     )
     assert done.returncode == 2
     assert done.stderr == "llmlab trian: unknown verb 'trian': did you mean 'train'?\n"
+
+
+@pytest.mark.parametrize(
+    "flag, says",
+    [
+        ("--tools=calculater", "there is no tool 'calculater': did you mean 'calculator'?"),
+        ("--allow=pyton", "--allow: there is no 'pyton' among --tools: choose one of 'calculator', 'lookup'"),
+        ("--tools=mine.py:f", "there is no file mine.py to take tools from"),
+    ],
+)
+def test_tools_that_are_not_there_are_said_before_the_run_is_opened(capsys, flag, says):
+    assert cli.run(["llmlab", "chat", "--workdir=nowhere", flag]) == errors.EXIT_USER_ERROR
+    assert says in capsys.readouterr().err
