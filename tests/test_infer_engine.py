@@ -142,6 +142,12 @@ class Even:
     def __init__(self):
         self.seen = []
 
+    def fresh(self):
+        return Even()
+
+    def ready(self, within):
+        return True
+
     def allowed(self):
         return np.full(2, 0x55555555 if len(self.seen) < 10 else 0, np.uint32)
 

@@ -75,7 +75,7 @@ def reply(
       UserError: the last turn alone leaves no room for `max_tokens`, or a setting is out of its range.
     """
     say = on_text or (lambda kind, text: None)
-    markers = _markers(tokenizer)
+    markers = marker_ids(tokenizer)
     said, calls = Reply(), 0
     while True:
         prompt, left_out = fitted(template, (*conversation, *said.messages), model.config.max_positions - max_tokens)
@@ -204,6 +204,12 @@ def fitted(template: ChatTemplate, conversation: Sequence[Message], room: int) -
     return [], 0
 
 
+def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids that are no text."""
+    plain = (tokenizer.encode(marker) for marker in _PLAIN_MARKERS)
+    return frozenset([*tokenizer.control.values(), *(ids[0] for ids in plain if len(ids) == 1)])
+
+
 def _listen(
     ids: Iterable[int], template: ChatTemplate, markers: frozenset[int], say: Listener, stop: Callable[[], bool]
 ) -> tuple[Message, list[int], float]:
@@ -257,12 +263,6 @@ def _settled(text: str) -> str:
     """`text` without what more of it may change: half a character, half a marker, an open call."""
     text = text.rstrip("\ufffd").partition(_CALL)[0]
     return text[: len(text) - may_become(text, _PLAIN_MARKERS)]
-
-
-def _markers(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that are no text."""
-    plain = (tokenizer.encode(marker) for marker in _PLAIN_MARKERS)
-    return frozenset([*tokenizer.control.values(), *(ids[0] for ids in plain if len(ids) == 1)])
 
 
 def _result(call: ToolCall, tools: Tools, approve: Approve) -> str:

@@ -9,6 +9,7 @@ its own prompt, settings and seed, whatever else is in the batch.
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from llmlab.infer.speculative import look_up, propose
 from llmlab.model.score import check_predicts_tokens
 from llmlab.model.transformer import make_model
 from llmlab.model.types import Model, Params
+
+PATIENCE = 0.002  # seconds that a step waits for the limits of its rows, while the device runs the one before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class _Run:
 
     tokens: the prompt, and what was drawn and looked at. waits_for: a request with the same prompt, which reads it
     first. cached: tokens in the cache, that of the step under way included. known: pages that others can find.
-    reported: tokens of the prompt that have been given out.
+    reported: tokens of the prompt that have been given out. allowed: what its limit says of the next token.
     """
 
     number: int
@@ -68,6 +71,7 @@ class _Run:
     cached: int = 0
     known: int = 0
     reported: int = 0
+    allowed: np.ndarray | None = None
 
     @property
     def reads(self) -> bool:
@@ -152,7 +156,8 @@ class Engine:
         runs = [first]
         for copy in range(1, n):
             sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + copy)
-            like = dataclasses.replace(request, sampling=sampling, scored=False)
+            limit = request.limit.fresh() if request.limit is not None else None
+            like = dataclasses.replace(request, sampling=sampling, scored=False, limit=limit)
             runs.append(_Run(next(self._numbers), like, list(request.prompt), waits_for=first))
         self._waiting += runs
         return [run.number for run in runs]
@@ -311,6 +316,7 @@ class Engine:
 
     def _report(self, run: _Run, begin: int, scored: device.Scored) -> None:
         """The tokens of a prompt from `begin` on, as far as they were scored and not reported before."""
+        self._report_first(run)
         prompt, top = run.request.prompt, run.request.top
         for place in range(max(begin, run.reported), min(begin + scored.logp_RT.shape[1], len(prompt))):
             at = (0, place - begin)
@@ -320,16 +326,25 @@ class Engine:
             )
             run.reported = place + 1
 
+    def _report_first(self, run: _Run) -> None:
+        """The token that nothing comes before, and that so has no log-probability."""
+        if run.request.scored and not run.reported:
+            self._unsaid.append(Event(run.number, run.request.prompt[0], in_prompt=True))
+            run.reported = 1
+
     def _rows_to_draw(self, before: _Flight | None) -> list[_Run]:
-        """Those whose next input is there, or on the device, with room for it."""
+        """Those whose next input is there, or on the device, with room for it.
+
+        Where a limit takes long to say what may come next, its row waits for a later step, and the others go on.
+        """
+        patience = time.perf_counter() + PATIENCE
         flying = {run.number for run in before.runs if run.slot >= 0} if before is not None else set()
-        rows = []
+        rows: list[_Run] = []
+        late: list[_Run] = []
         for run in list(self._running):
             if run.slot < 0 or run.reads:
                 continue
-            if run.request.scored and not run.reported:
-                self._unsaid.append(Event(run.number, run.request.prompt[0], in_prompt=True))
-                run.reported = 1
+            self._report_first(run)
             if run.request.max_tokens == 0:
                 self._end(run, "length")
                 continue
@@ -337,11 +352,23 @@ class Engine:
             limited = run.request.limit is not None and run.number in flying
             if drawn >= run.request.max_tokens or limited or self._leads(run):
                 continue
-            if run.request.limit is not None and not run.request.limit.allowed().any():
-                self._end(run, "dead_end")
-            elif self._reserve(run, run.cached + 1):
+            limit = run.request.limit
+            if limit is not None and not limit.ready(max(0.0, patience - time.perf_counter())):
+                late.append(run)
+            elif self._may_draw(run):
                 rows.append(run)
+        if not rows and before is None:
+            rows = [run for run in late if run.slot >= 0 and self._may_draw(run)]
         return [run for run in rows if run.slot >= 0]
+
+    def _may_draw(self, run: _Run) -> bool:
+        """Whether something can follow, and there is room for it."""
+        if run.request.limit is not None:
+            run.allowed = run.request.limit.allowed()
+            if not run.allowed.any():
+                self._end(run, "dead_end")
+                return False
+        return self._reserve(run, run.cached + 1)
 
     def _leads(self, run: _Run) -> bool:
         """Whether it should stay at the end of its prompt, for others to begin from there in the next step."""
@@ -526,8 +553,8 @@ class Engine:
         for row, (run, given) in enumerate(zip(runs, inputs, strict=True)):
             token[row, : len(given)], count[row] = given, len(given)
             seed[row], top[row] = run.request.sampling.seed % 2**32, run.request.top > 0
-            if run.request.limit is not None:
-                limited[row], allowed[row] = True, run.request.limit.allowed()
+            if run.allowed is not None:
+                limited[row], allowed[row] = True, run.allowed
         settings = (
             *(of("temperature", 0), of("top_k", 0, np.int32), of("top_p", 1), of("min_p", 0)),
             *(of("repetition", 1), of("presence", 0), of("frequency", 0), of("adjusts", False, bool)),

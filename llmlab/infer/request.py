@@ -13,7 +13,13 @@ Finish = Literal["stop", "length", "cancelled", "dead_end"]
 
 
 class Limit(Protocol):
-    """Which tokens may come next, as a grammar has it."""
+    """Which tokens may come next, as a grammar has it. One request has it alone."""
+
+    def fresh(self) -> "Limit":
+        """Another one like it, at its beginning."""
+
+    def ready(self, within: float) -> bool:
+        """Whether `allowed` need not wait any more, after so many seconds at most."""
 
     def allowed(self) -> np.ndarray:
         """uint32 [V / 32, rounded up]: bit v mod 32 of word v // 32 says whether token v may be next; all 0 where

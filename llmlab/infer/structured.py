@@ -1,0 +1,288 @@
+"""Structured output: which tokens may come next, so that what is written fits a schema, an expression or a grammar.
+
+A structure is compiled once and shared; each request has a `StructureLimit` of its own, whose masks are made on other
+threads while the device runs. What would not be enforced is refused (`structured_schema` says why, by keyword), and so
+is what takes too long or too much memory to compile: that is tried in another process first.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from llmlab.core.errors import UserError
+from llmlab.data.tokenizer import Tokenizer
+from llmlab.infer import structured_trial
+from llmlab.infer.chat import marker_ids
+from llmlab.infer.structured_schema import check_schema
+
+Kind = Literal["schema", "regex", "grammar"]
+# One space, or a new line with its indentation: without a bound, a model may write blanks for ever. Without \u escapes
+# every key has one spelling: llguidance does not see that "\u0061" is "a".
+_JSON: Any = {
+    "whitespace_pattern": r" |\n[ \t]{0,40}",
+    "json_allowed_escapes": 'nrbtf\\"',
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StructureLimits:
+    """What a structure may take. characters: of its text. depth, parts: how deep a schema nests, and how many schemas
+    and values it holds. seconds, megabytes: of compiling it, a process's start included. states: of its lexer, 1 to
+    2 kB each, in every request. kept: structures that stay compiled.
+    """
+
+    characters: int = 32_768
+    depth: int = 48
+    parts: int = 2_000
+    seconds: int = 2
+    megabytes: int = 1_024
+    states: int = 50_000
+    kept: int = 64
+
+
+class Structures:
+    """The structures of one tokenizer's tokens, of a model with `vocab_size` logits.
+
+    `stop_ids` are what the requests end with: they are allowed where the structure may end, and nowhere else. Control
+    tokens and markers never are. Several threads may share it.
+
+    Raises:
+      UserError: llguidance is not installed, or there is no stop id.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        stop_ids: Sequence[int],
+        limits: StructureLimits = StructureLimits(),
+    ):
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError("structured output needs llguidance: pip install 'llmlab[serve]'") from None
+        if not stop_ids:
+            raise UserError("structured output needs a stop id: give the template's, or the tokenizer's eos_id")
+        self._library, self.limits = llguidance, limits
+        self._vocabulary = _Vocabulary(tokenizer, vocab_size, stop_ids)
+        general = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=list(stop_ids))
+        self._vocabulary.greedy = general.greedy_tokenize
+        self._tokenizers = {"regex": general, "grammar": general}
+        self._tokenizers["schema"] = general.with_slices(llguidance.LLTokenizer.json_slices())
+        self._parser_limits = llguidance.LLParserLimits(max_lexer_states=limits.states, verbose_errors=False)
+        self._kept: collections.OrderedDict[tuple[str, str], _Structure] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._words = -(-vocab_size // 32)
+        self._text_W = _bits(self._vocabulary.text, self._words)
+        self._stops_W = _bits(stop_ids, self._words)
+
+    def schema(self, schema: Mapping[str, Any] | bool | str) -> "StructureLimit":
+        """JSON that a JSON schema, or the text of one, describes; keys come in the schema's order.
+
+        Raises:
+          UserError: it is no schema, cannot be enforced, or is too large.
+        """
+        if isinstance(schema, str):
+            self._check_length("schema", schema)
+            try:
+                schema = json.loads(schema)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"the schema is not JSON: {_line(str(error))}") from None
+        costly = check_schema(schema, depth=self.limits.depth, parts=self.limits.parts)
+        try:
+            text = json.dumps(schema, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the schema cannot be written as JSON: {_line(str(error))}") from None
+        return self._limit("schema", text, costly)
+
+    def regex(self, pattern: str) -> "StructureLimit":
+        """Text that the whole of a regular expression matches, in Rust's syntax: no look-around, no back references.
+
+        Raises:
+          UserError: it is no such expression, or too large.
+        """
+        return self._limit("regex", pattern, True)
+
+    def grammar(self, lark: str) -> "StructureLimit":
+        """Text of a context-free grammar, as Lark writes it; it begins with the rule `start`.
+
+        Raises:
+          UserError: it is no such grammar, or too large.
+        """
+        if directive := re.search(r"%(json|llguidance)\b", lark):
+            raise UserError(f"the grammar cannot hold {directive[0]}, which is not checked: use a schema alone")
+        return self._limit("grammar", lark, True)
+
+    def _limit(self, kind: Kind, text: str, costly: bool) -> "StructureLimit":
+        self._check_length(kind, text)
+        with self._lock:
+            structure = self._kept.get((kind, text))
+            if structure is not None:
+                self._kept.move_to_end((kind, text))
+        if structure is None:
+            structure = self._compiled(kind, text, costly)
+            with self._lock:
+                self._kept[kind, text] = structure
+                while len(self._kept) > self.limits.kept:
+                    self._kept.popitem(last=False)
+        return StructureLimit(structure, self._text_W, self._stops_W)
+
+    def _check_length(self, kind: Kind, text: str) -> None:
+        if len(text) > self.limits.characters:
+            raise UserError(f"the {kind} has {len(text):,} characters: at most {self.limits.characters:,} will do")
+
+    def _compiled(self, kind: Kind, text: str, costly: bool) -> "_Structure":
+        matchers = self._library.LLMatcher
+        try:
+            match kind:
+                case "schema":
+                    grammar = matchers.grammar_from_json_schema(text, overrides=_JSON)
+                case "regex":
+                    grammar = matchers.grammar_from_regex(text)
+                case "grammar":
+                    grammar = matchers.grammar_from_lark(text)
+        except ValueError as error:
+            raise UserError(f"the {kind} cannot be read: {_line(str(error))}") from None
+        if costly:
+            self._try(kind, grammar)
+        make = functools.partial(matchers, self._tokenizers[kind], grammar, log_level=0, limits=self._parser_limits)
+        structure = _Structure(make)
+        first = structure.matcher()
+        if not first.is_error():
+            first.compute_bitmask()
+        if wrong := first.get_error() or next(iter(first.get_grammar_warnings()), ""):
+            raise UserError(f"the {kind} cannot be enforced: {_line(wrong)}")
+        if not StructureLimit(structure, self._text_W, self._stops_W).allowed().any():
+            raise UserError(f"the {kind} cannot be enforced: this tokenizer has no token that it could begin with")
+        return structure
+
+    def _try(self, kind: Kind, grammar: str) -> None:
+        """In another process, which may be as long and as large as the limits say, and may crash."""
+        numbers = (self.limits.seconds, self.limits.megabytes * 2**20, self.limits.states)
+        command = [sys.executable, "-P", structured_trial.__file__, *map(str, numbers)]
+        done = subprocess.run(command, input=grammar.encode(), capture_output=True, check=False)
+        if done.returncode:
+            raise UserError(
+                f"the {kind} takes more than {self.limits.seconds} s or {self.limits.megabytes:,} MiB to compile: "
+                f"use fewer and smaller repetitions and patterns"
+            )
+        if wrong := json.loads(done.stdout):
+            raise UserError(f"the {kind} cannot be enforced: {_line(wrong)}")
+
+
+class StructureLimit:
+    """What may come next in one request; see `llmlab.infer.request.Limit`."""
+
+    def __init__(self, structure: "_Structure", text_W: np.ndarray, stops_W: np.ndarray):
+        self._structure, self._text_W, self._stops_W = structure, text_W, stops_W
+        self._matcher = structure.matcher()
+        self._tokens: list[int] = []
+        self._mask = _threads().submit(self._masked)
+
+    def fresh(self) -> "StructureLimit":
+        return StructureLimit(self._structure, self._text_W, self._stops_W)
+
+    def ready(self, within: float) -> bool:
+        return bool(concurrent.futures.wait([self._mask], within).done)
+
+    def allowed(self) -> np.ndarray:
+        return self._mask.result()
+
+    def accept(self, token: int) -> None:
+        self._mask.result()
+        self._mask = _threads().submit(self._next, token)
+
+    def _next(self, token: int) -> np.ndarray:
+        self._tokens.append(token)
+        self._matcher.consume_token(token)
+        return self._masked()
+
+    def _masked(self) -> np.ndarray:
+        allowed_W = np.zeros_like(self._text_W)
+        if not self._filled(allowed_W):
+            # Past a limit, perhaps because of what others have made the lexer learn: it begins anew.
+            self._matcher = self._structure.anew()
+            self._matcher.consume_tokens(self._tokens)
+            if not self._filled(allowed_W):  # Past a limit by itself; that must not look like an end.
+                return np.zeros_like(allowed_W)
+        # A grammar may name tokens, and so markers.
+        if self._matcher.is_accepting():
+            return allowed_W & (self._text_W | self._stops_W)
+        return allowed_W & self._text_W
+
+    def _filled(self, allowed_W: np.ndarray) -> bool:
+        if self._matcher.is_error():
+            return False
+        self._matcher.unsafe_compute_mask_ptr(allowed_W.ctypes.data, allowed_W.nbytes)
+        return not self._matcher.is_error()
+
+
+class _Structure:
+    """A compiled structure. All of its matchers share a lexer, which learns as they go, and has its limits."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make, self._start = make, make()
+
+    def matcher(self) -> Any:
+        """One at the beginning."""
+        return self._start.deep_copy()
+
+    def anew(self) -> Any:
+        """One at the beginning, for which, and for those after it, the lexer has learnt nothing yet."""
+        self._start = self._make()
+        return self.matcher()
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance reads one: the bytes of every id, none for what is no text."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]):
+        self._tokenizer = tokenizer
+        ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, *stop_ids}
+        no_text = {*marker_ids(tokenizer), *ends}
+        known = range(min(tokenizer.vocab_size, vocab_size))
+        self.tokens = [b"" if id in no_text else tokenizer.decode_bytes([id]) for id in known]
+        self.tokens += [b""] * (vocab_size - len(self.tokens))
+        self.text = [id for id, text in enumerate(self.tokens) if text]
+        self.special_token_ids = [id for id, text in enumerate(self.tokens) if not text]
+        self.eos_token_id, self.bos_token_id = stop_ids[0], tokenizer.bos_id
+        self.greedy: Any = None
+
+    def __call__(self, text: str) -> list[int]:
+        """How the tokenizer spells what has to come; where it spells something else, as a blank in front, any way."""
+        if not isinstance(text, str):
+            raise TypeError("text, not bytes")  # asked once, to know
+        ids = self._tokenizer.encode(text)
+        return ids if b"".join(self.tokens[id] for id in ids) == text.encode() else self.greedy(text)
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "masks")
+
+
+def _bits(ids: Sequence[int], words: int) -> np.ndarray:
+    bits = np.zeros(words * 32, bool)
+    bits[list(ids)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _line(message: str) -> str:
+    """What a library says, as one short line: the reason, where it gives one after where it stands."""
+    message = message.removeprefix("panic: ").replace("<non-verbose/>", "").partition("<backtrace>")[0]
+    reason = message.rpartition("error: ")[2].strip().partition("\n")[0]
+    line = " ".join((reason or message).split())
+    return line if len(line) <= 200 else f"{line[:197]}…"
