@@ -9,7 +9,7 @@ from llmlab.core.errors import UserError, nearest
 from llmlab.data.chat import ChatTemplate, Conversation, Message, ToolCall
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer.generate import complete, stream
-from llmlab.infer.stream import may_become
+from llmlab.infer.text_stream import may_become
 from llmlab.model.types import Model, Params
 
 Tool = Callable[[str], str]

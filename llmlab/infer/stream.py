@@ -1,6 +1,5 @@
 """Tokens to text as they come, and what `llmlab sample` prints."""
 
-import codecs
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,6 +7,7 @@ from typing import TextIO
 
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer.generate import stream
+from llmlab.infer.text_stream import TextStream
 from llmlab.workdir.open import Opened
 
 
@@ -16,22 +16,14 @@ def text_of(ids: Iterable[int], tokenizer: Tokenizer, stop: Sequence[str] = ()) 
 
     Ends before the first stop string. Bytes that are no UTF-8, or end in the middle of a character, give U+FFFD.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    held = ""
+    text = TextStream(tokenizer, stop)
     for id in ids:
-        held += decoder.decode(tokenizer.decode_bytes([id]))
-        found = [place for place in map(held.find, stop) if place >= 0]
-        if found:
-            if min(found):
-                yield held[: min(found)]
+        if piece := text.add(id):
+            yield piece
+        if text.stopped:
             return
-        ready = len(held) - may_become(held, stop)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    held += decoder.decode(b"", final=True)
-    if held:
-        yield held
+    if piece := text.end():
+        yield piece
 
 
 def sample_command(
@@ -81,12 +73,3 @@ def sample_command(
     if len(arrivals) > 1:
         speed = (len(arrivals) - 1) / (arrivals[-1] - arrivals[0])
         print(f"{len(arrivals)} tokens, {speed:.1f} tokens/s after the first", file=sys.stderr)
-
-
-def may_become(text: str, strings: Sequence[str]) -> int:
-    """Characters at the end of `text` that one of `strings` begins with."""
-    longest = max(map(len, strings), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(string.startswith(text[-size:]) for string in strings):
-            return size
-    return 0
