@@ -151,7 +151,7 @@ class Engine:
         Raises:
           UserError: the request can never be run.
         """
-        self._check(request)
+        self.check(request)
         first = _Run(next(self._numbers), request, list(request.prompt))
         runs = [first]
         for copy in range(1, n):
@@ -161,6 +161,20 @@ class Engine:
             runs.append(_Run(next(self._numbers), like, list(request.prompt), waits_for=first))
         self._waiting += runs
         return [run.number for run in runs]
+
+    def check(self, request: Request) -> None:
+        """Raises UserError where the request can never be run. Any thread may call this."""
+        vocab, length = self._model.config.vocab_size, len(request.prompt)
+        if min(request.prompt) < 0 or max(request.prompt) >= vocab:
+            raise UserError(f"the prompt holds what is no id of this model: ids are integers from 0 to {vocab - 1}")
+        if wrong := [id for id in request.sampling.bias if not 0 <= id < vocab]:
+            raise UserError(f"a bias is for token {wrong[0]}, and ids are from 0 to {vocab - 1}")
+        if length + request.max_tokens > self._reach:
+            raise UserError(
+                f"a prompt of {length} tokens and max_tokens={request.max_tokens} exceed the model's {self._reach} "
+                f"positions: "
+                + (f"ask for at most {self._reach - length}" if length < self._reach else "shorten the prompt")
+            )
 
     def cancel(self, number: int) -> bool:
         """Ends a request, whose slot and pages are free at once; whether it was still there."""
@@ -226,19 +240,6 @@ class Engine:
         return len(shapes)
 
     # --- what a step does ---------------------------------------------------------------------------------------------
-
-    def _check(self, request: Request) -> None:
-        vocab, length = self._model.config.vocab_size, len(request.prompt)
-        if min(request.prompt) < 0 or max(request.prompt) >= vocab:
-            raise UserError(f"the prompt holds what is no id of this model: ids are integers from 0 to {vocab - 1}")
-        if wrong := [id for id in request.sampling.bias if not 0 <= id < vocab]:
-            raise UserError(f"a bias is for token {wrong[0]}, and ids are from 0 to {vocab - 1}")
-        if length + request.max_tokens > self._reach:
-            raise UserError(
-                f"a prompt of {length} tokens and max_tokens={request.max_tokens} exceed the model's {self._reach} "
-                f"positions: "
-                + (f"ask for at most {self._reach - length}" if length < self._reach else "shorten the prompt")
-            )
 
     def _admit(self) -> None:
         """Slots for those who wait, in their order; those whose prompt another one is reading wait on."""
@@ -318,6 +319,9 @@ class Engine:
         """The tokens of a prompt from `begin` on, as far as they were scored and not reported before."""
         self._report_first(run)
         prompt, top = run.request.prompt, run.request.top
+        if not run.reported:
+            self._unsaid.append(Event(run.number, prompt[0], in_prompt=True))
+            run.reported = 1
         for place in range(max(begin, run.reported), min(begin + scored.logp_RT.shape[1], len(prompt))):
             at = (0, place - begin)
             likeliest = zip(scored.top_RTK[at][:top].tolist(), scored.top_logp_RTK[at][:top].tolist(), strict=True)
