@@ -3,27 +3,23 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from llmlab.core.errors import UserError, nearest
 from llmlab.data.chat import ChatTemplate, Conversation, Message, ToolCall
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer.generate import complete, stream
-from llmlab.infer.text_stream import may_become
+from llmlab.infer.spoken import Kind, Spoken, markers_of
 from llmlab.model.types import Model, Params
 
 Tool = Callable[[str], str]
 Tools = Mapping[str, Tool]
-Kind = Literal["text", "thinking", "call", "result", "note"]
 Listener = Callable[[Kind, str], None]
 Approve = Callable[[ToolCall], bool]
 
 NO_TOOLS: Tools = MappingProxyType({})
 MAX_CALLS = 4
 REFUSED = "error: the user does not allow this call"
-# Markers of published models that are no control tokens to their tokenizers, and to some no tokens at all.
-_CALL = "<tool_call>"
-_PLAIN_MARKERS = ("<think>", "</think>", _CALL, "</tool_call>")
 
 
 class Reply(NamedTuple):
@@ -75,7 +71,7 @@ def reply(
       UserError: the last turn alone leaves no room for `max_tokens`, or a setting is out of its range.
     """
     say = on_text or (lambda kind, text: None)
-    markers = marker_ids(tokenizer)
+    markers = markers_of(tokenizer)
     said, calls = Reply(), 0
     while True:
         prompt, left_out = fitted(template, (*conversation, *said.messages), model.config.max_positions - max_tokens)
@@ -87,7 +83,7 @@ def reply(
         if left_out > said.left_out:
             say("note", f"the model's {model.config.max_positions:,} positions leave out the first {left_out} turns")
         ids = stream(model, params, prompt, max_tokens=max_tokens, seed=seed, stop_ids=template.stop_ids, **sampling)
-        message, written, seconds = _listen(ids, template, markers, say, stop)
+        message, written, seconds = _listen(ids, Spoken(template, markers), say, stop)
         ended = bool(written) and written[-1] in template.stop_ids
         said = Reply(
             (*said.messages, message),
@@ -204,65 +200,21 @@ def fitted(template: ChatTemplate, conversation: Sequence[Message], room: int) -
     return [], 0
 
 
-def marker_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that are no text."""
-    plain = (tokenizer.encode(marker) for marker in _PLAIN_MARKERS)
-    return frozenset([*tokenizer.control.values(), *(ids[0] for ids in plain if len(ids) == 1)])
-
-
 def _listen(
-    ids: Iterable[int], template: ChatTemplate, markers: frozenset[int], say: Listener, stop: Callable[[], bool]
+    ids: Iterable[int], spoken: Spoken, say: Listener, stop: Callable[[], bool]
 ) -> tuple[Message, list[int], float]:
-    """The turn that `ids` spell, all of them, and the seconds between the first and the last; says it as it comes.
-
-    What a turn holds is the template's to say, and it takes an open call for text: so what follows a marker is held
-    back until it has shown to be thinking, or another marker has closed it.
-    """
-    written: list[int] = []
-    message = said = Message("assistant")
-    held = thinking = False
+    """The turn that `ids` spell, all of them, and the seconds between the first and the last; says it as it comes."""
     first = last = 0.0
     for id in ids:
         last = time.perf_counter()
         first = first or last
-        written.append(id)
-        if id in template.stop_ids:
+        for kind, text in spoken.add(id):
+            say(kind, text)
+        if spoken.ended or stop():
             break
-        before, message = message, template.parse(written)
-        if id in markers:
-            held, thinking = not (held or thinking), False
-        elif len(message.thinking) > len(before.thinking):
-            held, thinking = False, True
-        elif len(message.content) > len(before.content):
-            thinking = False
-        shown = message._replace(content=said.content) if held else message
-        said = _say(shown, said, say, growing="thinking" if thinking else "text")
-        if stop():
-            break
-    message = template.parse(written)
-    _say(message, said, say, growing=None)
-    return message, written, last - first
-
-
-def _say(message: Message, said: Message, say: Listener, *, growing: Literal["thinking", "text"] | None) -> Message:
-    """Says what `message` has and `said` has not, and returns what is said then."""
-    thinking = _settled(message.thinking) if growing == "thinking" else message.thinking
-    content = _settled(message.content) if growing == "text" else message.content
-    if len(thinking) > len(said.thinking) and thinking.startswith(said.thinking):
-        say("thinking", thinking[len(said.thinking) :])
-        said = said._replace(thinking=thinking)
-    if len(content) > len(said.content) and content.startswith(said.content):
-        say("text", content[len(said.content) :])
-        said = said._replace(content=content)
-    for call in message.calls[len(said.calls) :]:
-        say("call", f"{call.name} {call.arguments}")
-    return said._replace(calls=message.calls)
-
-
-def _settled(text: str) -> str:
-    """`text` without what more of it may change: half a character, half a marker, an open call."""
-    text = text.rstrip("\ufffd").partition(_CALL)[0]
-    return text[: len(text) - may_become(text, _PLAIN_MARKERS)]
+    for kind, text in spoken.end():
+        say(kind, text)
+    return spoken.message, spoken.ids, last - first
 
 
 def _result(call: ToolCall, tools: Tools, approve: Approve) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer import structured_trial
-from llmlab.infer.chat import marker_ids
+from llmlab.infer.spoken import markers_of
 from llmlab.infer.structured_schema import check_schema
 
 Kind = Literal["schema", "regex", "grammar"]
@@ -252,7 +252,7 @@ class _Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]):
         self._tokenizer = tokenizer
         ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, *stop_ids}
-        no_text = {*marker_ids(tokenizer), *ends}
+        no_text = {*markers_of(tokenizer), *ends}
         known = range(min(tokenizer.vocab_size, vocab_size))
         self.tokens = [b"" if id in no_text else tokenizer.decode_bytes([id]) for id in known]
         self.tokens += [b""] * (vocab_size - len(self.tokens))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from llmlab.infer.chat import Kind
+from llmlab.infer.spoken import Kind
 
 LABELS: dict[Kind, str] = {"text": "", "thinking": "thinking: ", "call": "calls ", "result": "gets ", "note": "note: "}
 # A model may write what a terminal takes for a command: symbols stand for its control characters.
