@@ -31,6 +31,7 @@ FLAGS = {
         "seed",
     ],
     "chat": ["workdir", "system", "max_tokens", "temperature", "top_p", "seed", "tools", "allow", "max_calls"],
+    "serve": ["workdir", "host", "port", "api_key_file", "open", "slots", "queue", "int8", "seconds", "preferences"],
     "rank": ["workdir", "prompts", "out", "answers", "pairs", "drafts", "max_tokens", "temperature", "top_p", "seed"],
     "eval": [
         "workdir",

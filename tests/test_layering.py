@@ -20,6 +20,7 @@ FLOORS = {
     "eval": 5,
     "report": 6,
     "scaling": 6,
+    "serve": 6,
     "verbs": 7,
     "cli": 8,
 }

@@ -65,6 +65,15 @@ def examples(row: Mapping[str, Any], rows: Rows, *, system: str = "", train_on: 
     ]
 
 
+def conversation(messages: Any) -> Conversation:
+    """The turns of a list of messages, in the shapes that published sets and OpenAI's API have.
+
+    Raises:
+      BadRowError: it is no such list, or a turn in it is not sound.
+    """
+    return _turns(messages, "messages")
+
+
 def guess_rows(row: Mapping[str, Any]) -> Rows | None:
     """The kind of row whose fields these are."""
     names = _present(row).keys()

@@ -1,0 +1,273 @@
+"""`/v1/chat/completions`: the next turn of a conversation."""
+
+import asyncio
+import bisect
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from llmlab.data.chat import ChatTemplate, Conversation, Message
+from llmlab.data.rows import conversation
+from llmlab.infer.engine_step import TOP
+from llmlab.infer.request import Event, Request
+from llmlab.infer.service import Ticket
+from llmlab.infer.spoken import Spoken, markers_of
+from llmlab.infer.text_stream import Stops
+from llmlab.serve.completions import usage_of
+from llmlab.serve.door import stack_of
+from llmlab.serve.errors import ApiError, Json
+from llmlab.serve.fields import Fields, fields_of
+from llmlab.serve.formats import limit_for
+from llmlab.serve.logprobs import Entry, Scores, for_chat
+from llmlab.serve.models import Served, chosen, events, limits_of
+from llmlab.serve.sampling import SETTINGS, Asked, asked, room_for
+from llmlab.serve.sse import event_stream
+from llmlab.serve.tools import Declared, as_json, as_said, declared, described
+
+FIELDS = (
+    *(*SETTINGS, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
+    *("tools", "tool_choice", "truncation"),
+)
+
+
+async def chat(request: HttpRequest) -> Response:
+    """The endpoint."""
+    fields, limits = await fields_of(request, FIELDS), limits_of(request)
+    model = chosen(request, fields)
+    settings, tools = asked(fields, model, limits), declared(fields)
+    template = template_of(model)
+    turns = conversation(as_said(fields.get("messages")))
+    if tools:
+        turns = described(turns, tools, template)
+    prompt, most = await _prompt(fields, model, template, turns)
+    sampling, tokenizer = settings.sampling, model.opened.tokenizer
+    if fields.get("tool_choice") == "none" and "<|call|>" in tokenizer.control:
+        banned = {tokenizer.control["<|call|>"]: -100.0}
+        sampling = dataclasses.replace(sampling, bias=dict(sampling.bias) | banned)
+    want_scores = fields.flag("logprobs")
+    if "top_logprobs" in fields and not want_scores:
+        raise fields.wrong("top_logprobs", "it needs logprobs=true")
+    like = Request(
+        tuple(prompt),
+        most,
+        sampling,
+        stop_ids=() if settings.ignore_eos else template.stop_ids,
+        top=fields.integer("top_logprobs", 0, 0, TOP),
+    )
+    if fields.get("response_format") is None:
+        submitted = model.service.submit(like, n=settings.n)
+    else:
+        each = [
+            dataclasses.replace(
+                like,
+                sampling=dataclasses.replace(sampling, seed=sampling.seed + copy),
+                limit=limit_for(fields.get("response_format"), tokenizer),
+            )
+            for copy in range(settings.n)
+        ]
+        submitted = model.service.submit(*each)
+    ticket = stack_of(request.scope).enter_context(submitted)
+    head = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": f"step-{model.opened.step}",
+    }
+    choices = [_Choice(index, model, template, settings, tools, want_scores) for index in range(settings.n)]
+    pieces = _pieces(ticket, choices, limits.seconds)
+    if settings.stream:
+        return event_stream(_chunks(pieces, head, model, settings, len(prompt), want_scores))
+    return Json(head | await _whole(pieces, model, settings, len(prompt), want_scores))
+
+
+def template_of(model: Served) -> ChatTemplate:
+    """How this model spells conversations.
+
+    Raises:
+      ApiError: it has no way to.
+    """
+    if model.template is None:
+        message = f"the model {model.name!r} has no chat template: use /v1/completions"
+        raise ApiError(400, message, param="model", code="no_chat_template")
+    return model.template
+
+
+class _Piece(NamedTuple):
+    """What comes of one choice: `delta` as the stream has it, or the end."""
+
+    choice: int
+    delta: dict[str, Any]
+    entries: list[Entry]
+    finish: str | None
+    tokens: int
+
+
+class _Choice:
+    """One answer as it is said."""
+
+    def __init__(
+        self,
+        index: int,
+        model: Served,
+        template: ChatTemplate,
+        settings: Asked,
+        tools: list[Declared],
+        want_scores: bool,
+    ):
+        self.index, self.done, self._tools = index, False, tools
+        self._tokenizer = model.opened.tokenizer
+        self._spoken, self._stops = Spoken(template, markers_of(self._tokenizer)), Stops(settings.stop)
+        self._scores = Scores(self._tokenizer) if want_scores else None
+        self._length = self._tokens = self._calls = 0
+
+    def add(self, event: Event) -> list[_Piece]:
+        """What one more event makes of it."""
+        said = []
+        if event.token is not None:
+            self._tokens += 1
+            if self._scores and event.finish != "stop" and self._tokenizer.decode_bytes([event.token]):
+                self._scores.add(event)
+            said = self._spoken.add(event.token)
+        if event.finish is not None:
+            said += self._spoken.end()
+        pieces = []
+        for kind, text in said:
+            if self._stops.stopped:
+                break
+            if kind == "text":
+                pieces += self._text(self._stops.add(text))
+            elif kind == "thinking":
+                pieces.append(self._piece({"reasoning_content": text}))
+            else:
+                call = self._spoken.message.calls[self._calls]
+                delta = {"index": self._calls} | as_json(call, self._tools)
+                self._calls += 1
+                pieces.append(self._piece({"tool_calls": [delta]}))
+        stopped = self._stops.stopped
+        if event.finish is not None and not stopped:
+            pieces += self._text(self._stops.end())
+        self.done = stopped or event.finish is not None
+        if self.done:
+            finish = "length" if event.finish == "length" and not stopped else "tool_calls" if self._calls else "stop"
+            pieces.append(_Piece(self.index, {}, [], finish, self._tokens))
+        return pieces
+
+    def _text(self, text: str) -> list[_Piece]:
+        self._length += len(text)
+        entries = self._scores.upto(self._length) if self._scores else []
+        return [_Piece(self.index, {"content": text}, entries, None, self._tokens)] if text else []
+
+    def _piece(self, delta: dict[str, Any]) -> _Piece:
+        """What is no text, and whose tokens are not reported."""
+        if self._scores:
+            self._scores.restart(self._length)
+        return _Piece(self.index, delta, [], None, self._tokens)
+
+
+async def _pieces(ticket: Ticket, choices: Sequence[_Choice], seconds: float) -> AsyncIterator[_Piece]:
+    async for index, event in events(ticket, seconds):
+        choice = choices[index]
+        if choice.done:
+            continue
+        for piece in choice.add(event):
+            yield piece
+        if choice.done and event.finish is None:
+            ticket.drop(index)
+
+
+async def _chunks(
+    pieces: AsyncIterator[_Piece], head: dict[str, Any], model: Served, settings: Asked, prompt: int, want_scores: bool
+) -> AsyncIterator[dict[str, Any]]:
+    head = head | {"object": "chat.completion.chunk"}
+    usage: dict[str, Any] = {"usage": None} if settings.usage else {}
+    for index in range(settings.n):
+        role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        yield head | {"choices": [role]} | usage
+    written = 0
+    async for piece in pieces:
+        written += piece.tokens if piece.finish else 0
+        scores = {"content": for_chat(piece.entries, model.opened.tokenizer), "refusal": None} if want_scores else None
+        choice = {"index": piece.choice, "delta": piece.delta, "logprobs": scores, "finish_reason": piece.finish}
+        yield head | {"choices": [choice]} | usage
+    if settings.usage:
+        yield head | {"choices": [], "usage": usage_of(prompt, written)}
+
+
+async def _whole(
+    pieces: AsyncIterator[_Piece], model: Served, settings: Asked, prompt: int, want_scores: bool
+) -> dict[str, Any]:
+    texts = [{"content": "", "reasoning_content": ""} for _ in range(settings.n)]
+    calls: list[list[Any]] = [[] for _ in range(settings.n)]
+    entries: list[list[Entry]] = [[] for _ in range(settings.n)]
+    ends: list[tuple[str | None, int]] = [(None, 0)] * settings.n
+    async for piece in pieces:
+        for name, value in piece.delta.items():
+            if name == "tool_calls":
+                calls[piece.choice] += [{k: v for k, v in call.items() if k != "index"} for call in value]
+            else:
+                texts[piece.choice][name] += value
+        entries[piece.choice] += piece.entries
+        ends[piece.choice] = piece.finish, piece.tokens
+    choices = []
+    for index in range(settings.n):
+        message: dict[str, Any] = {"role": "assistant", "content": texts[index]["content"], "refusal": None}
+        if texts[index]["reasoning_content"]:
+            message["reasoning_content"] = texts[index]["reasoning_content"]
+        if calls[index]:
+            message |= {"tool_calls": calls[index], "content": message["content"] or None}
+        scores = None
+        if want_scores:
+            scores = {"content": for_chat(entries[index], model.opened.tokenizer), "refusal": None}
+        choices.append({"index": index, "message": message, "logprobs": scores, "finish_reason": ends[index][0]})
+    usage = usage_of(prompt, sum(tokens for _, tokens in ends))
+    return {"object": "chat.completion", "choices": choices, "usage": usage}
+
+
+async def _prompt(fields: Fields, model: Served, template: ChatTemplate, turns: Conversation) -> tuple[list[int], int]:
+    """The ids of the conversation with an answer opened, and how many tokens that may have."""
+    name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    truncation = fields.choice("truncation", "none", ("none", "middle"))
+    size = sum(len(turn.content) for turn in turns)
+    if truncation == "none" and size > model.reach * model.longest_token:
+        why = f"{size:,} characters are more than the model's {model.reach:,} positions hold: shorten them"
+        raise fields.wrong("messages", why, code="context_length_exceeded")
+    if truncation == "middle":
+        room = model.reach - fields.integer(name, max(1, model.reach // 4), 1, model.reach)
+        prompt = await asyncio.to_thread(trimmed, template, turns, room)
+        if not prompt:
+            why = f"the last turn alone leaves no room in the model's {model.reach:,} positions: shorten it"
+            raise fields.wrong("messages", why, code="context_length_exceeded")
+    else:
+        prompt = (await asyncio.to_thread(template.render, turns, generate=True)).ids
+        if len(prompt) >= model.reach:
+            why = f"{len(prompt):,} tokens fill the model's {model.reach:,} positions: shorten them, or set truncation"
+            raise fields.wrong("messages", f"{why} to middle", code="context_length_exceeded")
+    most = room_for(fields, name, model.reach - len(prompt), model, len(prompt))
+    if not most:
+        raise fields.wrong(name, "0 writes nothing: ask for at least 1")
+    return prompt, most
+
+
+def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list[int]:
+    """The ids of as much of a conversation as `room` holds, with an answer opened; none where it is too little.
+
+    What goes first are the exchanges after the first question and its answer, earliest first, then that one; never a
+    turn of the system, nor the last question and what follows it.
+    """
+    system = [turn for turn in turns if turn.role == "system"]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    questions = [place for place, turn in enumerate(spoken) if turn.role == "user"] or [0]
+    first = spoken[: questions[1]] if len(questions) > 1 else []
+    shorter = [spoken, *([*first, *spoken[begin:]] for begin in questions[2:]), spoken[questions[-1] :]]
+
+    def ids(place: int) -> list[int]:
+        kept = turns if place == 0 else (*system, *shorter[place])
+        return template.render(kept, generate=True).ids
+
+    place = bisect.bisect_left(range(len(shorter)), True, key=lambda place: len(ids(place)) <= room)
+    return ids(place) if place < len(shorter) else []

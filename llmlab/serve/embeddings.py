@@ -1,0 +1,34 @@
+"""`/v1/embeddings`: texts as vectors."""
+
+import asyncio
+import base64
+from typing import Any
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from llmlab.serve.completions import prompts_of
+from llmlab.serve.errors import Json
+from llmlab.serve.fields import fields_of
+from llmlab.serve.models import chosen, limits_of
+
+
+async def embeddings(request: HttpRequest) -> Response:
+    """The endpoint."""
+    fields = await fields_of(request, ("model", "input", "encoding_format", "dimensions"))
+    model = chosen(request, fields)
+    if "dimensions" in fields:
+        raise fields.wrong("dimensions", f"vectors here have {model.embedder.size} numbers: leave it out")
+    form = fields.choice("encoding_format", "float", ("float", "base64"))
+    texts = await prompts_of(fields, "input", model, limits_of(request), bos=True)
+    for ids in texts:
+        model.embedder.check(ids)
+    data: list[dict[str, Any]] = []
+    for index, ids in enumerate(texts):
+        async with model.embedding:  # one at a time: beside it the engine goes on
+            vector_D = await asyncio.to_thread(model.embedder, ids)
+        shown = vector_D.tolist() if form == "float" else base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
+        data.append({"object": "embedding", "index": index, "embedding": shown})
+    count = sum(map(len, texts))
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return Json({"object": "list", "model": model.name, "data": data, "usage": usage})

@@ -1,0 +1,90 @@
+"""The models that are served, by name, and a request's wait for what they write."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import NamedTuple
+
+from starlette.requests import Request as HttpRequest
+
+from llmlab.core.errors import UserError, nearest
+from llmlab.data.chat import ChatTemplate, template_for
+from llmlab.infer.embed import Embedder
+from llmlab.infer.request import Event
+from llmlab.infer.service import Service, Ticket
+from llmlab.serve.errors import ApiError
+from llmlab.serve.fields import Fields
+from llmlab.serve.limits import Limits
+from llmlab.workdir.open import Opened
+
+
+class Served(NamedTuple):
+    """One model. template: None where its tokenizer has none: it completes, and does not chat.
+
+    preferences: the file that votes on its answers are appended to.
+    """
+
+    name: str
+    opened: Opened
+    service: Service
+    template: ChatTemplate | None
+    preferences: str
+    created: int
+    longest_token: int
+    embedder: Embedder
+    embedding: asyncio.Lock
+
+    @property
+    def reach(self) -> int:
+        """The positions of the model."""
+        return self.opened.model.config.max_positions
+
+
+def served(name: str, opened: Opened, service: Service, preferences: str) -> Served:
+    """A model under this name."""
+    try:
+        template = template_for(opened.tokenizer)
+    except UserError:
+        template = None
+    longest = max(1, int(opened.tokenizer.token_bytes().max()))
+    embedder = Embedder(opened.model, opened.params)
+    return Served(name, opened, service, template, preferences, int(time.time()), longest, embedder, asyncio.Lock())
+
+
+def chosen(request: HttpRequest, fields: Fields) -> Served:
+    """The model that a request names, or the first."""
+    models: Mapping[str, Served] = request.app.state.models
+    name = fields.text("model", next(iter(models)))
+    if name not in models:
+        message = f"there is no model {name[:100]!r}: {nearest(name[:100], models)}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return models[name]
+
+
+def limits_of(request: HttpRequest) -> Limits:
+    """What one request may ask for."""
+    return request.app.state.limits
+
+
+async def encoded(model: Served, text: str, *, bos: bool) -> tuple[int, ...]:
+    """The ids of a text. One that is far too long is refused unread; another is encoded beside the event loop."""
+    if len(text) > model.reach * model.longest_token:
+        message = f"a text of {len(text):,} characters is longer than the model's {model.reach:,} positions: shorten it"
+        raise ApiError(400, message, code="context_length_exceeded")
+    ids = await asyncio.to_thread(model.opened.tokenizer.encode, text)
+    return (model.opened.tokenizer.bos_id, *ids) if bos else tuple(ids)
+
+
+async def events(ticket: Ticket, seconds: float) -> AsyncIterator[tuple[int, Event]]:
+    """What comes of a ticket, for so many seconds."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                came = await anext(ticket)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            message = f"the request took longer than {seconds:g} s: ask for fewer tokens"
+            raise ApiError(400, message, code="time_limit") from None
+        yield came

@@ -1,0 +1,65 @@
+"""The verb that answers over HTTP: serve."""
+
+from absl import flags as f
+from absl.flags import FlagValues
+
+from llmlab.core.errors import UserError
+from llmlab.core.flags import none_left
+from llmlab.verbs.common import Verb, start_jax
+
+
+def _define_serve(flags: FlagValues, argv: list[str]) -> None:
+    f.DEFINE_list("workdir", [], "The run to serve, or several: NAME=DIR,NAME2=DIR2.", flag_values=flags)
+    f.DEFINE_string("host", "127.0.0.1", "The address to listen on; by default this machine alone.", flag_values=flags)
+    f.DEFINE_integer("port", 8000, "The port; 0 is any that is free.", flag_values=flags)
+    f.DEFINE_string("api_key_file", "", "A file with a key a line; every request needs one.", flag_values=flags)
+    f.DEFINE_bool("open", False, "Let others in without a key.", flag_values=flags)
+    f.DEFINE_integer("slots", 8, "Requests that run at once.", flag_values=flags)
+    f.DEFINE_integer("queue", 64, "Requests that may wait; more are refused.", flag_values=flags)
+    f.DEFINE_integer("pages", 0, "Pages of 16 tokens in the cache; 0 is enough for all slots.", flag_values=flags)
+    f.DEFINE_integer("prefill", 128, "Tokens of a prompt that are read at a time.", flag_values=flags)
+    f.DEFINE_bool("int8", False, "Keep keys and values in 8 bits.", flag_values=flags)
+    f.DEFINE_float("seconds", 600.0, "The longest that one request may take.", flag_values=flags)
+    f.DEFINE_string("preferences", "", "Where votes go; else preferences.jsonl in the workdir.", flag_values=flags)
+
+
+def _serve(flags: FlagValues, rest: list[str]) -> None:
+    none_left(rest)
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError("serving needs starlette and uvicorn: pip install 'llmlab[serve]'") from None
+    start_jax()
+    import llmlab
+    from llmlab.infer.engine import EngineConfig
+    from llmlab.serve.command import ServeConfig, serve_command
+    from llmlab.serve.limits import Limits
+
+    config = ServeConfig(
+        workdirs=tuple(flags.workdir),
+        host=flags.host,
+        port=flags.port,
+        key_file=flags.api_key_file,
+        open=flags.open,
+        queue=flags.queue,
+        preferences=flags.preferences,
+        engine=EngineConfig(slots=flags.slots, pages=flags.pages, prefill=flags.prefill, int8=flags.int8),
+        limits=Limits(seconds=flags.seconds),
+    )
+    serve_command(config, llmlab.open)
+
+
+VERBS = {
+    "serve": Verb(
+        "answer OpenAI's API, and show a page to talk to",
+        "--workdir=DIR [--port=8000]",
+        "Example:  llmlab serve --workdir=runs/assistant/dpo   then open http://127.0.0.1:8000\n"
+        "\n"
+        "Any client of OpenAI's works:  OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none'). Also there:\n"
+        "/v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize, /health, /metrics. A request names its\n"
+        "model, or gets the first. To let other machines in: --host=0.0.0.0 --api_key_file=FILE.",
+        _define_serve,
+        _serve,
+    ),
+}
