@@ -1,12 +1,16 @@
 """Text as it comes: the pieces joined are the whole, nothing leaks past a stop, and nothing is held back in vain."""
 
+import json
 import random
 
 import pytest
 
-from llmlab.data.tokenizer import CHAT_MARKERS, DOCUMENT_MARKERS
+from llmlab.data.tokenizer import CHAT_MARKERS, DOCUMENT_MARKERS, TokenizerConfig
 from llmlab.data.tokenizer_character import CharacterTokenizer
+from llmlab.data.tokenizer_imported import ImportedTokenizer
+from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.text_stream import Stops, TextStream
+from tests import chat_families
 
 PARTS = (
     *("a", "b", "ab", "<end>", "<", "end>", "\n\n", " ", "\0", "\ufeff", "\ufffd", "\u2581"),
@@ -104,3 +108,23 @@ def test_text_alone():
     stops = Stops(["\n\n"])
     assert [stops.add("a\n"), stops.add("b\n"), stops.end(), stops.stopped] == ["a", "\nb", "\n", False]
     assert [stops.add("\n\nc"), stops.add("d"), stops.stopped] == ["", "", True]
+
+
+def ours():
+    return train_tokenizer(TokenizerConfig(vocab_size=360), ["the quick brown fox, naïve 日本 🙂\n"] * 30)
+
+
+def imported():
+    content = chat_families.byte_level(["<s>", "</s>"]).to_str()
+    return ImportedTokenizer(content, *(json.loads(content)["added_tokens"][place]["id"] for place in (0, 1, 0)))
+
+
+@pytest.mark.parametrize("make", [ours, imported])
+def test_real_tokenizers(make):
+    tokenizer, rng = make(), random.Random(0)
+    for _ in range(100):
+        text = "".join(rng.choice([*PARTS, "the quick", " fox"]) for _ in range(rng.randrange(15)))
+        stops = [rng.choice(PARTS) for _ in range(rng.randrange(2))]
+        ids = tokenizer.encode(text)
+        pieces = joined(TextStream(tokenizer, stops), ids)
+        assert "".join(pieces) == cut(text, stops)[0]

@@ -131,12 +131,15 @@ def is_loopback(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Taken before the models are read: whoever waits for minutes should not hear then that the port is in use."""
+    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as error:
+        if listening is not None:
+            listening.close()
         reason = (error.strerror or str(error)).lower()
         raise UserError(
             f"{host} port {port} cannot be listened to ({reason}): choose another --port or --host"
