@@ -111,7 +111,7 @@ def test_text_alone():
 
 
 def ours():
-    return train_tokenizer(TokenizerConfig(vocab_size=360), ["the quick brown fox, naïve 日本 🙂\n"] * 30)
+    return train_tokenizer(TokenizerConfig(vocab_size=350), ["the quick brown fox, naïve 日本 🙂\n"] * 30)
 
 
 def imported():
