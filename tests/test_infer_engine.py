@@ -198,7 +198,7 @@ def test_keys_and_values_in_eight_bits_are_nearly_the_same(kind):
     for int8 in (False, True):
         engine = Engine(model, params, dataclasses.replace(CONFIG, int8=int8))
         logps.append([event.logp for event in alone(engine, Request(prompt, 0, scored=True))[1:-1]])
-        kept = {leaf.dtype for leaf in jax.tree.leaves(engine._state.layers)}
+        kept = {leaf.dtype for leaf in jax.tree.leaves(engine._device._main.state.layers)}
         assert kept == ({np.dtype("int8"), np.dtype("float32")} if int8 else {np.dtype("float32")})
     difference = np.abs(np.subtract(*logps))
     assert 0 < difference.max() < 0.2
@@ -246,7 +246,7 @@ def test_sharded_parameters_and_cache_give_the_same():
     sharded = make_model(model.config, partition)
     placed = jax.device_put(params, partition.shardings(sharded.axes))
     engine = Engine(sharded, placed, CONFIG)
-    values = engine._state.layers[0]["k_BKSH"].values
+    values = engine._device._main.state.layers[0]["k_BKSH"].values
     assert values.sharding.shard_shape(values.shape)[1] == model.config.K // 2
     assert_as_alone(kind, list(run_schedule(engine, np.random.default_rng(5), 8).values()))
 

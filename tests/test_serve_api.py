@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import re
 
 import httpx
 import numpy as np
@@ -241,6 +242,12 @@ class Script:
     def accept(self, token):
         self.place += 1
 
+    def fresh(self):
+        return Script(self.ids)
+
+    def ready(self, within):
+        return True
+
 
 def says(monkeypatch, server, turn):
     """From now on the model says what this turn is spelt with, where `response_format` is given."""
@@ -249,7 +256,11 @@ def says(monkeypatch, server, turn):
     before = model.template.render(start, generate=True).ids
     whole = model.template.render((*start, turn)).ids
     ids = [*whole[len(before) :], model.opened.tokenizer.eos_id]
-    monkeypatch.setattr("llmlab.serve.chat.limit_for", lambda form, tokenizer: Script(ids) if form else None)
+
+    async def limit_for(form, structures):
+        return Script(ids) if form else None
+
+    monkeypatch.setattr("llmlab.serve.chat.limit_for", limit_for)
     return {"response_format": {"type": "json_object"}}
 
 
@@ -297,3 +308,55 @@ def test_several_samples_of_one_form_keep_to_it_each(monkeypatch, server, client
     asked |= says(monkeypatch, server, Message("assistant", "one two"))
     choices = client.chat.completions.create(**asked).choices
     assert [choice.message.content for choice in choices] == ["one two"] * 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"size": {"type": "integer", "minimum": 0, "maximum": 9}, "good": {"type": "boolean"}},
+    "required": ["size", "good"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "schema": (
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
+        r'\{\s*"size": ?\d,\s*"good": ?\w+\s*\}',
+    ),
+    "regex": ({"type": "regex", "regex": "(yes|no)!"}, "(yes|no)!"),
+    "grammar": ({"type": "grammar", "grammar": 'start: "a" "b"+ "."'}, r"ab+\."),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_have_the_form_that_is_asked_for(client, form):
+    asked, pattern = FORMS[form]
+    more = {"response_format": asked} if form == "schema" else {"extra_body": {"response_format": asked}}
+    settings = {"model": "tiny", "max_tokens": 120, "temperature": 1.0, "seed": 3, "n": 3} | more
+    finished = 0
+    for choice in client.chat.completions.create(messages=MESSAGES, **settings).choices:
+        if choice.finish_reason == "stop":
+            finished += 1
+            assert re.fullmatch(pattern, choice.message.content), choice.message.content
+            assert form != "schema" or set(json.loads(choice.message.content)) == {"size", "good"}
+        else:
+            assert choice.finish_reason == "length"
+    assert finished
+    streamed = client.chat.completions.create(messages=MESSAGES, stream=True, **settings | {"n": 1})
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ({"type": "json_schema"}, "json_schema.schema is missing"),
+        ({"type": "regex", "regex": "("}, "the regex cannot be"),
+        ({"type": "regex", "regex": "((a{1000}){1000}){1000}"}, "the regex"),
+        ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "cannot be enforced"),
+        ({"type": "xml"}, "'xml' is not a choice"),
+    ],
+)
+def test_forms_that_cannot_be_held_are_refused(client, form, says):
+    with pytest.raises(openai.BadRequestError, match=re.escape(says)):
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=5, extra_body={"response_format": form}
+        )

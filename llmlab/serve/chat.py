@@ -58,20 +58,9 @@ async def chat(request: HttpRequest) -> Response:
         sampling,
         stop_ids=() if settings.ignore_eos else template.stop_ids,
         top=fields.integer("top_logprobs", 0, 0, TOP),
+        limit=await limit_for(fields.get("response_format"), lambda: model.structures(template.stop_ids)),
     )
-    if fields.get("response_format") is None:
-        submitted = model.service.submit(like, n=settings.n)
-    else:
-        each = [
-            dataclasses.replace(
-                like,
-                sampling=dataclasses.replace(sampling, seed=sampling.seed + copy),
-                limit=limit_for(fields.get("response_format"), tokenizer),
-            )
-            for copy in range(settings.n)
-        ]
-        submitted = model.service.submit(*each)
-    ticket = stack_of(request.scope).enter_context(submitted)
+    ticket = stack_of(request.scope).enter_context(model.service.submit(like, n=settings.n))
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),

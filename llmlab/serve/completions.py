@@ -41,6 +41,7 @@ async def completions(request: HttpRequest) -> Response:
     model = chosen(request, fields)
     settings, wanted = asked(fields, model, limits), await _wanted(fields, model, limits)
     tokenizer = model.opened.tokenizer
+    limit = await limit_for(fields.get("response_format"), lambda: model.structures((tokenizer.eos_id,)))
     requests = []
     for prompt in wanted.prompts:
         most = room_for(fields, "max_tokens", 16, model, len(prompt))
@@ -54,15 +55,8 @@ async def completions(request: HttpRequest) -> Response:
             top=wanted.logprobs or 0,
             scored=wanted.echo,
         )
-        if fields.get("response_format") is None:
-            requests.append(like)
-            continue
-        for copy in range(wanted.samples):
-            seeded = dataclasses.replace(settings.sampling, seed=settings.sampling.seed + copy)
-            limit = limit_for(fields.get("response_format"), tokenizer)
-            requests.append(dataclasses.replace(like, sampling=seeded, limit=limit))
-    copies = wanted.samples if fields.get("response_format") is None else 1
-    ticket = stack_of(request.scope).enter_context(model.service.submit(*requests, n=copies))
+        requests.append(like if limit is None else dataclasses.replace(like, limit=limit.fresh()))
+    ticket = stack_of(request.scope).enter_context(model.service.submit(*requests, n=wanted.samples))
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",

@@ -1,21 +1,53 @@
 """What form an answer must have."""
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from llmlab.data.tokenizer import Tokenizer
+from llmlab.core.errors import UserError
 from llmlab.infer.request import Limit
+from llmlab.infer.structured import Structures
 from llmlab.serve.errors import ApiError
 
+FORMS = ("text", "json_object", "json_schema", "regex", "grammar")
 
-def limit_for(response_format: Any, tokenizer: Tokenizer) -> Limit | None:
-    """What keeps one sample to a `response_format`; None where every text will do.
+
+async def limit_for(response_format: Any, structures: Callable[[], Structures]) -> Limit | None:
+    """What keeps a sample to a `response_format`, and every other by its `fresh`; None where every text will do.
+
+    Besides OpenAI's there are {"type": "regex", "regex": …} and {"type": "grammar", "grammar": …}, in Lark's spelling.
 
     Raises:
       ApiError: there is no such form, or it cannot be enforced.
     """
-    kind = response_format.get("type") if isinstance(response_format, dict) else None
-    if response_format is None or kind == "text":
+    if response_format is None:
         return None
-    known = ("json_object", "json_schema")
-    why = "is not enforced by this server yet: use text" if kind in known else "is not a choice: use text"
-    raise ApiError(400, f"response_format: {str(kind)[:50]!r} {why}", param="response_format")
+    form = response_format if isinstance(response_format, dict) else {}
+    kind = form.get("type")
+    if kind == "text":
+        return None
+    given: Any = {"type": "object"}
+    if kind == "json_schema":
+        schema = form.get("json_schema")
+        given = schema.get("schema") if isinstance(schema, dict) else None
+    elif kind in ("regex", "grammar"):
+        given = form.get(kind)
+    elif kind != "json_object":
+        raise _wrong(f"{str(kind)[:50]!r} is not a choice: {', '.join(FORMS)}")
+    if not isinstance(given, str if kind in ("regex", "grammar") else dict | bool):
+        where = "json_schema.schema" if kind == "json_schema" else kind
+        raise _wrong(f"{where} is missing, or of another type")
+    try:
+        return await asyncio.to_thread(_limit, structures, kind, given)
+    except UserError as error:
+        raise _wrong(str(error)) from None
+
+
+def _limit(structures: Callable[[], Structures], kind: Any, given: Any) -> Limit:
+    """Takes up to seconds where the form is large."""
+    make = structures()
+    return {"regex": make.regex, "grammar": make.grammar}.get(kind, make.schema)(given)
+
+
+def _wrong(why: str) -> ApiError:
+    return ApiError(400, f"response_format: {why}", param="response_format")

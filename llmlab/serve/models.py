@@ -1,8 +1,9 @@
 """The models that are served, by name, and a request's wait for what they write."""
 
 import asyncio
+import functools
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 from starlette.requests import Request as HttpRequest
@@ -12,6 +13,7 @@ from llmlab.data.chat import ChatTemplate, template_for
 from llmlab.infer.embed import Embedder
 from llmlab.infer.request import Event
 from llmlab.infer.service import Service, Ticket
+from llmlab.infer.structured import Structures
 from llmlab.serve.errors import ApiError
 from llmlab.serve.fields import Fields
 from llmlab.serve.limits import Limits
@@ -21,7 +23,8 @@ from llmlab.workdir.open import Opened
 class Served(NamedTuple):
     """One model. template: None where its tokenizer has none: it completes, and does not chat.
 
-    preferences: the file that votes on its answers are appended to.
+    preferences: the file that votes on its answers are appended to. structures: what limits answers that end with these
+    ids to a form.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Served(NamedTuple):
     longest_token: int
     embedder: Embedder
     embedding: asyncio.Lock
+    structures: Callable[[tuple[int, ...]], Structures]
 
     @property
     def reach(self) -> int:
@@ -48,7 +52,11 @@ def served(name: str, opened: Opened, service: Service, preferences: str) -> Ser
         template = None
     longest = max(1, int(opened.tokenizer.token_bytes().max()))
     embedder = Embedder(opened.model, opened.params)
-    return Served(name, opened, service, template, preferences, int(time.time()), longest, embedder, asyncio.Lock())
+    vocab_size = opened.model.config.vocab_size
+    structures = functools.cache(lambda stop_ids: Structures(opened.tokenizer, vocab_size, stop_ids))
+    created = int(time.time())
+    parts = (preferences, created, longest, embedder, asyncio.Lock(), structures)
+    return Served(name, opened, service, template, *parts)
 
 
 def chosen(request: HttpRequest, fields: Fields) -> Served:
