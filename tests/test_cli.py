@@ -51,6 +51,7 @@ FLAGS = {
     "report": ["workdir"],
     "tokenize": ["workdir", "model"],
     "convert": ["dtype"],
+    "index": ["files", "out", "limit", "field", "workdir"],
 }
 
 

@@ -68,7 +68,7 @@ def assert_fits(schema, tokens, end) -> bool:
     if end == "length":
         return False
     assert end == "stop", end
-    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(
+    jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(
         json.loads(text_of(tokens))
     )
     return True

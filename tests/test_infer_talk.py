@@ -12,6 +12,8 @@ import pytest
 from llmlab.core.errors import UserError
 from llmlab.infer import talk
 from llmlab.infer.chat import Reply
+from llmlab.infer.passages import Passage
+from llmlab.infer.retrieval import Found
 from llmlab.infer.talk import chat_command, speed_text
 from llmlab.infer.terminal import Terminal
 from llmlab.infer.tools import named
@@ -257,3 +259,14 @@ def test_time_is_from_the_first_token_to_the_last(monkeypatch, capsys):
     says(monkeypatch, lambda prompt, seed: "abc")
     piped("hi")
     assert capsys.readouterr().err == "4 tokens, 2.0 tokens/s\n"
+
+
+def test_passages_come_before_a_question_and_their_sources_after_the_answer(monkeypatch, capsys):
+    passages = [Passage(f"{name}.md", 3, 4, "", name * 150) for name in "abcd"]
+    asked = says(monkeypatch, lambda prompt, seed: "It is there [2].")
+    said = piped("where?", find=lambda question: [Found(1.0, each) for each in passages], max_tokens=32)
+    # So many as the model has room for.
+    assert "[2] b.md:3-4" in asked[0]
+    assert "c.md" not in asked[0]
+    assert asked[0].endswith("where?<|end|><|assistant|>")
+    assert said == "It is there [2].\nsources: b.md:3-4\n"

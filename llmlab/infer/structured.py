@@ -76,7 +76,7 @@ class Structures:
             raise UserError("structured output needs llguidance: pip install 'llmlab[serve]'") from None
         if not stop_ids:
             raise UserError("structured output needs a stop id: give the template's, or the tokenizer's eos_id")
-        self._library, self.limits = llguidance, limits
+        self._library, self.limits, self.stop_ids = llguidance, limits, tuple(stop_ids)
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, stop_ids)
         general = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=list(stop_ids))
         self._vocabulary.greedy = general.greedy_tokenize
@@ -203,9 +203,9 @@ class StructureLimit:
 
     def accept(self, token: int) -> None:
         self._mask.result()
-        self._mask = _threads().submit(self._next, token)
+        self._mask = _threads().submit(self._after, token)
 
-    def _next(self, token: int) -> np.ndarray:
+    def _after(self, token: int) -> np.ndarray:
         self._tokens.append(token)
         self._matcher.consume_token(token)
         return self._masked()

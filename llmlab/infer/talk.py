@@ -6,8 +6,9 @@ from typing import Any
 
 from llmlab.core.errors import LlmlabError, UserError, nearest
 from llmlab.data.chat import ChatTemplate, Conversation, MarkerTemplate, Message, ToolCall, template_for
-from llmlab.infer.chat import NO_TOOLS, Approve, Reply, Tools, reply
+from llmlab.infer.chat import NO_TOOLS, Approve, Reply, Tools, fitted, reply
 from llmlab.infer.kept import append_rows, as_turns
+from llmlab.infer.retrieval import Found, asked_with, sources
 from llmlab.infer.terminal import Terminal, interruptible
 from llmlab.workdir.open import Opened
 
@@ -27,6 +28,7 @@ def chat_command(
     system: str = "",
     tools: Tools = NO_TOOLS,
     allowed: Iterable[str] = (),
+    find: Callable[[str], list[Found]] | None = None,
     max_tokens: int,
     seed: int = 0,
     **sampling: Any,
@@ -34,6 +36,7 @@ def chat_command(
     """Talks until there are no more lines. Half of the model's positions at most are kept for an answer.
 
     Tools that are `allowed` run unasked. The others ask on a terminal before each call, and do not run elsewhere.
+    find: gives the passages that are laid before a question, whose sources are then shown.
 
     Raises:
       UserError: the tokenizer has no chat template, or a setting is out of its range.
@@ -63,7 +66,13 @@ def chat_command(
         if line.startswith("/"):
             conversation = _commanded(line, conversation, start, terminal, commands)
         elif line.strip():
-            asked = (*conversation, Message("user", line.strip()))
+            found = find(line) if find else []
+            question = asked_with(found, line.strip())
+            room = opened.model.config.max_positions - max_tokens
+            while found and not fitted(template, (*start, question), room)[0]:
+                found = found[:-1]
+                question = asked_with(found, line.strip())
+            asked = (*conversation, question)
             conversation = _answered(
                 opened,
                 template,
@@ -76,6 +85,8 @@ def chat_command(
                 **sampling,
             )
             answers += 1
+            if found and len(conversation) > len(asked):
+                terminal.line(f"sources: {', '.join(sources(conversation[-1].content, found))}", dim=True)
 
 
 def only_text(opened: Opened, template: ChatTemplate) -> bool:

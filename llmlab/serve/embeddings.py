@@ -26,7 +26,7 @@ async def embeddings(request: HttpRequest) -> Response:
     data: list[dict[str, Any]] = []
     for index, ids in enumerate(texts):
         async with model.embedding:  # one at a time: beside it the engine goes on
-            vector_D = await asyncio.to_thread(model.embedder, ids)
+            vector_D = (await asyncio.to_thread(model.embedder.of_ids, [ids]))[0]
         shown = vector_D.tolist() if form == "float" else base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": index, "embedding": shown})
     count = sum(map(len, texts))

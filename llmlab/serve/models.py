@@ -51,7 +51,7 @@ def served(name: str, opened: Opened, service: Service, preferences: str) -> Ser
     except UserError:
         template = None
     longest = max(1, int(opened.tokenizer.token_bytes().max()))
-    embedder = Embedder(opened.model, opened.params)
+    embedder = Embedder(opened.model, opened.params, opened.tokenizer)
     vocab_size = opened.model.config.vocab_size
     structures = functools.cache(lambda stop_ids: Structures(opened.tokenizer, vocab_size, stop_ids))
     created = int(time.time())

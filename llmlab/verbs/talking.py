@@ -8,6 +8,7 @@ from absl.flags import FlagValues
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.flags import define_workdir, none_left, required
 from llmlab.verbs.common import CHAT_TEMPERATURE, Verb, define_sampling, sampling, start_jax, tools
+from llmlab.verbs.indexing import finder
 
 
 def _define_sample(flags: FlagValues, argv: list[str]) -> None:
@@ -39,6 +40,8 @@ def _define_chat(flags: FlagValues, argv: list[str]) -> None:
     )
     f.DEFINE_list("allow", "calculator,lookup", "Of these, what runs unasked; the rest asks.", flag_values=flags)
     f.DEFINE_integer("max_calls", 4, "The most calls of tools for one answer.", flag_values=flags)
+    f.DEFINE_string("index", "", "What `llmlab index` made: its passages come with every question.", flag_values=flags)
+    f.DEFINE_integer("passages", 3, "How many of them, at most.", flag_values=flags)
 
 
 def _chat(flags: FlagValues, rest: list[str]) -> None:
@@ -55,8 +58,9 @@ def _chat(flags: FlagValues, rest: list[str]) -> None:
     from llmlab.infer.terminal import Terminal
 
     opened = llmlab.open(workdir)
+    find = finder(opened, flags.index, flags.passages) if flags.index else None
     settings = {"system": flags.system, "tools": called, "allowed": flags.allow, "max_calls": flags.max_calls}
-    chat_command(opened, Terminal(), **settings, **sampling(flags))
+    chat_command(opened, Terminal(), find=find, **settings, **sampling(flags))
 
 
 def _define_rank(flags: FlagValues, argv: list[str]) -> None:
@@ -94,7 +98,7 @@ VERBS = {
     ),
     "chat": Verb(
         "talk with a trained model",
-        "--workdir=DIR [--system=TEXT] [--tools=calculator,python] [--allow=calculator]",
+        "--workdir=DIR [--system=TEXT] [--tools=calculator,python] [--allow=calculator] [--index=DIR]",
         "Streams, keeps what was said, and runs the tools that the model calls: those of --allow unasked, the others\n"
         "if you say yes to the call. --tools=python runs its code shut in; FILE.py:NAME is a function of yours, which\n"
         "runs with your rights; --tools= gives none. /help says what else there is.\n"
