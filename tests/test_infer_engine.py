@@ -63,15 +63,17 @@ def test_rows_that_do_not_fit_begin_again_and_lose_nothing():
     assert_as_alone("dense", list(zip(requests, events.values(), strict=True)))
 
 
-def test_prompts_that_begin_alike_are_read_once():
+def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
     prompt = tuple(range(30))
     alone(engine, Request(prompt, 4))
+    reads = []
+    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[-1][0])) or read(*a))
     engine.submit(Request((*prompt[:25], 40, 41), 1))
     engine.step()
-    # Of 26 tokens before the last, 24 fill whole pages.
-    assert engine._running[0].cached == 26
-    assert engine._running[0].known == 6
+    assert reads == [2]
+    # Of the 26 tokens before the last, 24 fill pages that are known; the other two are read, and a token is drawn.
+    assert (engine._running[0].known, engine._running[0].cached) == (6, 27)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mamba", "window"])

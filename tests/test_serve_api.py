@@ -319,7 +319,7 @@ SCHEMA = {
 FORMS = {
     "schema": (
         {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
-        r'\{\s*"size": ?\d,\s*"good": ?\w+\s*\}',
+        r'\{\s*"size"\s*:\s*\d\s*,\s*"good"\s*:\s*(true|false)\s*\}',
     ),
     "regex": ({"type": "regex", "regex": "(yes|no)!"}, "(yes|no)!"),
     "grammar": ({"type": "grammar", "grammar": 'start: "a" "b"+ "."'}, r"ab+\."),
@@ -350,7 +350,7 @@ def test_answers_have_the_form_that_is_asked_for(client, form):
     [
         ({"type": "json_schema"}, "json_schema.schema is missing"),
         ({"type": "regex", "regex": "("}, "the regex cannot be"),
-        ({"type": "regex", "regex": "((a{1000}){1000}){1000}"}, "the regex"),
+        ({"type": "regex", "regex": "(?=a)"}, "the regex cannot be"),
         ({"type": "json_schema", "json_schema": {"schema": {"not": {}}}}, "cannot be enforced"),
         ({"type": "xml"}, "'xml' is not a choice"),
     ],
