@@ -49,6 +49,13 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
+@pytest.fixture
+def new_processes():
+    """Gives the processes below this one that other tests have not left there."""
+    before = descendants(os.getpid())
+    return lambda: descendants(os.getpid()) - before
+
+
 def judged(program: bytes, audit: int, number: int, *arguments: int) -> int:
     """What a filter of system calls says, by the rules of classic BPF that it uses."""
     data = struct.pack("<IIQ6Q", number, audit, 0, *arguments, *[0] * (6 - len(arguments)))
@@ -206,10 +213,10 @@ def test_when_we_end_the_code_ends(number):
 
 
 @needs_namespaces
-def test_the_inner_process_ends_with_the_outer():
+def test_the_inner_process_ends_with_the_outer(new_processes):
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(run_python, "import time; print(1); time.sleep(60)", seconds=60)
-        while len(below := descendants(os.getpid())) < 2:
+        while len(below := new_processes()) < 2:
             time.sleep(0.01)
         os.kill(min(below), signal.SIGKILL)
         assert done.result() == ("1\n", "the sandbox was ended from outside\n", "error")
@@ -293,7 +300,7 @@ QUICK = (
 
 
 @needs_namespaces
-def test_some_attempts_fail_at_once(tmp_path):
+def test_some_attempts_fail_at_once(tmp_path, new_processes):
     chosen = [attempt for attempt in attempts() if attempt.name in QUICK and not attempt.alone]
     assert {attempt.name for attempt in chosen} == set(QUICK)
     with world(tmp_path) as around:
@@ -302,18 +309,18 @@ def test_some_attempts_fail_at_once(tmp_path):
     assert run_python(forged.code.join(["import os\n", ""])).status == "error"
     (stubborn,) = [attempt for attempt in endless() if attempt.name == "signals ignored"]
     assert run_python(stubborn.code, seconds=0.2).status == "timeout"
-    assert descendants(os.getpid()) == set()
+    assert new_processes() == set()
 
 
 @pytest.mark.slow
 @needs_namespaces
-def test_no_attempt_gets_what_it_wants(tmp_path):
+def test_no_attempt_gets_what_it_wants(tmp_path, new_processes):
     assert len(attempts()) + len(endless()) + len(forgeries()) >= 200
     with world(tmp_path) as around:
         assert winners(inside, attempts(), around) == []
         assert (tmp_path / "secret.txt").read_text() == f"{around.secret}\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["secret.txt", "unix"]
-    assert descendants(os.getpid()) == set()
+    assert new_processes() == set()
 
 
 @pytest.mark.slow
@@ -335,7 +342,7 @@ def test_outside_each_attempt_wins(tmp_path):
 
 @pytest.mark.slow
 @needs_namespaces
-def test_nothing_outlives_its_time(tmp_path):
+def test_nothing_outlives_its_time(tmp_path, new_processes):
     prelude = "import os, sys, ctypes; libc = ctypes.CDLL(None); x86 = os.uname().machine == 'x86_64'\n"
     reaper = ctypes.CDLL(None)
     reaper.prctl(36, 1, 0, 0, 0)  # whoever loses its parent becomes our child, and would be found
@@ -343,7 +350,7 @@ def test_nothing_outlives_its_time(tmp_path):
         for attempt in endless():
             done = run_python(prelude + attempt.code, seconds=0.5)
             assert (attempt.name, done.status, done.output[:6]) == (attempt.name, "timeout", "begun\n")
-            assert descendants(os.getpid()) == set()
+            assert new_processes() == set()
     finally:
         reaper.prctl(36, 0, 0, 0, 0)
     for attempt in endless():

@@ -2,10 +2,11 @@
 
     llmlab train --config=experiments/assistant/dpo.py:runs/assistant/sft --workdir=runs/assistant/dpo
 
-In two minutes on 2 cores: 90.5 % of held-out pairs, while right answers lose 11 % of their log-probability. The
-reference is the model that it begins from: its log-probabilities are computed once, before the first step, or with
---config.adapter.kind=lora by switching the adapter off. Other objectives: --config.objective.kind=ipo, orpo, simpo, …
-Your own pairs: --config.data.source=jsonl --config.data.files='pairs/*.jsonl'.
+In two minutes on 2 cores, three seeds: 90.5 to 92.0 % of held-out pairs, while right answers lose 9 to 11 % of their
+log-probability. The reference is the model that it begins from: its log-probabilities are computed once, before the
+first step, or with --config.adapter.kind=lora by switching the adapter off. Other objectives:
+--config.objective.kind=ipo, orpo, simpo, … Your own pairs: --config.data.source=jsonl
+--config.data.files='pairs/*.jsonl'.
 """
 
 from llmlab.data import text

@@ -4,9 +4,9 @@
 
 The model and the tokenizer are that workdir's. Only the assistant's turns are learned, their ends included. Your own
 conversations, in any of the field's shapes: --config.data.source=jsonl --config.data.files='chats/*.jsonl'. In six
-minutes on 2 cores: a loss of 1.563 on the answers of held-out conversations, of which 99.2 % end by themselves, and
-every held-out sum is answered through a call. With an adapter: --config.adapter.kind=lora, and over 4-bit weights
---config.adapter.base_bits=4.
+minutes on 2 cores: a loss of 1.56 to 1.59 on the answers of held-out conversations, of which 99.8 % or more end by
+themselves, and of the sums 99.4 % or more are answered through a call. With an adapter: --config.adapter.kind=lora, and
+over 4-bit weights --config.adapter.base_bits=4.
 """
 
 from llmlab.data import text
