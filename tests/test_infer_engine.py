@@ -12,7 +12,7 @@ from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.infer import engine_step as device
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
-from llmlab.infer.speculative import look_up
+from llmlab.infer.speculative import Ends
 from llmlab.model.transformer import make_model
 from tests.engine_for_tests import KINDS, assert_as_alone, model_of, run_schedule
 from tests.helpers import random_params
@@ -93,6 +93,28 @@ def test_samples_of_one_prompt_share_its_reading(kind, monkeypatch):
     ]
     assert_as_alone(kind, done)
     assert len({tuple(event.token for event in of) for of in events.values()}) > 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_samples_of_one_prompt_end_where_pages_are_few(n):
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, pages=16, prefill=8))
+    request = Request(tuple(range(45)), 4, Sampling(seed=5))
+    events = {number: [] for number in engine.submit(request, n)}
+    for _ in range(400):
+        for event in engine.step():
+            events[event.number].append(event)
+    assert engine.idle
+    seeds = (dataclasses.replace(request, sampling=Sampling(seed=5 + copy)) for copy in range(n))
+    assert_as_alone("dense", list(zip(seeds, events.values(), strict=True)))
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    (long,), (short,) = engine.submit(Request(tuple(range(45)), 1)), engine.submit(Request((1, 2, 3), 1))
+    ended = []
+    while not engine.idle:
+        ended += [event.number for event in engine.step() if event.finish]
+    assert ended == [short, long]
 
 
 def test_a_long_prompt_does_not_stall_the_others():
@@ -180,6 +202,23 @@ def test_a_limit_holds_and_stalls_nobody():
         assert len(tokens) == 11
 
 
+def test_pages_of_two_weights_are_never_found():
+    model, params = model_of("dense")
+    other, prompt = random_params(model, seed=8), tuple(range(40))
+    engine = Engine(model, params, CONFIG)
+    engine.submit(Request(prompt, 2))
+    engine.step()
+    engine.publish(other)
+    while not engine.idle:
+        engine.step()
+    engine.submit(Request(prompt[:5], 1))  # its page would lead to those of the one before
+    while not engine.idle:
+        engine.step()
+    assert [event.token for event in alone(engine, Request(prompt, 8, Sampling(temperature=0)))] == [
+        event.token for event in alone(Engine(model, other, CONFIG), Request(prompt, 8, Sampling(temperature=0)))
+    ]
+
+
 def test_new_weights_change_what_is_drawn_and_forget_what_was_kept():
     model, params = model_of("dense")
     engine = Engine(model, params, CONFIG)
@@ -213,6 +252,7 @@ def test_keys_and_values_in_eight_bits_are_nearly_the_same(kind):
         (lambda: Request((1,), 0), "max_tokens=0 should be at least 1"),
         (lambda: Request((48,), 1), "ids are integers from 0 to 47"),
         (lambda: Request((1,) * 60, 5), "ask for at most 4"),
+        (lambda: Request((1,), 1, Sampling(presence=-200)), "presence=-200 should be"),
         (lambda: Request((1,), 1, top=21), "top=21 should be from 0 to 20"),
         (lambda: Request((1,), 1, Sampling(temperature=float("nan"))), "temperature=nan should be"),
         (lambda: Request((1,), 1, Sampling(bias={99: 1.0})), "a bias is for token 99"),
@@ -223,6 +263,13 @@ def test_what_cannot_be_run_is_refused(request_, says):
     engine = Engine(*model_of("dense"), CONFIG)
     with pytest.raises(UserError, match=re.escape(says)):
         engine.submit(request_())
+    assert engine.idle
+
+
+def test_a_prompt_is_scored_once():
+    engine = Engine(*model_of("dense"), CONFIG)
+    with pytest.raises(UserError, match="ask for n=1"):
+        engine.submit(Request((1, 2), 0, scored=True), 2)
     assert engine.idle
 
 
@@ -293,7 +340,12 @@ def test_what_cannot_be_taken_back_is_not_guessed():
 
 
 def test_what_followed_before_is_looked_up():
-    assert look_up([1, 2, 3, 4, 5, 9, 2, 3, 4], 2) == [5, 9]
-    assert look_up([1, 2, 3, 7, 1, 2, 8, 1, 2], 3) == [8, 1, 2]  # the last time counts
-    assert look_up([1, 2, 3], 3) == []
-    assert look_up([5, 5, 5, 5], 2) == [5]
+    assert Ends().after([1, 2, 3, 4, 5, 9, 2, 3, 4], 2) == [5, 9]
+    assert Ends().after([1, 2, 3, 7, 1, 2, 8, 1, 2], 3) == [8, 1, 2]  # the last time counts
+    assert Ends().after([1, 2, 9, 5, 1, 2, 3, 5, 1, 2], 1) == [3]
+    assert Ends().after([7, 1, 2, 9, 5, 1, 2, 3, 7, 1, 2], 1) == [9]  # more alike counts more
+    assert Ends().after([1, 2, 3], 3) == []
+    assert Ends().after([5, 5, 5, 5], 2) == [5]
+    growing, text = Ends(), np.random.default_rng(0).integers(3, size=200).tolist()
+    for length in range(1, 200, 3):
+        assert growing.after(text[:length], 4) == Ends().after(text[:length], 4)

@@ -42,11 +42,16 @@ def answered(web, path, body, **more):
 
 
 BAD = {
+    "turns without end": (
+        CHAT,
+        {"messages": [{"role": "user", "content": "a"}] * 3000, "truncation": "middle"},
+    ),
     "huge n": (COMPLETE, {"prompt": "a", "n": 10**30}),
     "n of nothing": (COMPLETE, {"prompt": "a", "n": 0}),
     "true as n": (COMPLETE, {"prompt": "a", "n": True}),
     "huge max_tokens": (COMPLETE, {"prompt": "a", "max_tokens": 10**18}),
     "beyond every integer": (COMPLETE, {"prompt": "a", "max_tokens": 10**400}),
+    "one prompt scored twice": (COMPLETE, {"prompt": "a", "echo": True, "max_tokens": 0, "n": 2}),
     "no tokens": (COMPLETE, {"prompt": "a", "max_tokens": 0}),
     "negative max_tokens": (COMPLETE, {"prompt": "a", "max_tokens": -1}),
     "half a token": (COMPLETE, {"prompt": "a", "max_tokens": 1.5}),
@@ -136,6 +141,7 @@ def test_text_never_becomes_a_marker(server, web):
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2**18 + b"\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://[\r\n\r\n",
         b"GET /%00%ff/../../etc/passwd HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x00\xff\x00",
     ],

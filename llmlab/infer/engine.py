@@ -9,6 +9,7 @@ its own prompt, settings and seed, whatever else is in the batch.
 import collections
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Callable
 
@@ -21,9 +22,9 @@ from llmlab.infer.engine_run import Flight, Run, Shapes, at_least, buckets
 from llmlab.infer.engine_step import Drawn, Scored
 from llmlab.infer.paging import Pages
 from llmlab.infer.request import Event, Finish, Request
-from llmlab.infer.speculative import look_up
 from llmlab.model.types import Model, Params
 
+NEVER = sys.maxsize  # pages that a request has to fill before any of them is known
 PATIENCE = 0.002  # seconds that a step waits for the limits of its rows, while the device runs the one before
 
 
@@ -69,7 +70,7 @@ class Engine:
         draft: tuple[Model, Params] | None = None,
     ):
         self.config, self._vocab, self._reach = config, model.config.vocab_size, model.config.max_positions
-        self.guessed = self.right = 0
+        self.guessed = self.right = self._reads = 0
         row_pages = -(-self._reach // config.page_size)
         pages = config.pages or config.slots * row_pages
         if pages < row_pages:
@@ -95,13 +96,14 @@ class Engine:
     # --- what callers see ---------------------------------------------------------------------------------------------
 
     def submit(self, request: Request, n: int = 1) -> list[int]:
-        """The number of the request, by which its events are known; or of `n` like it with seed, seed + 1, …, for which
-        the prompt is read once.
+        """The number of the request, by which its events are known; or of `n` like it with seed, seed + 1, …
+
+        As many of these as find a slot once the first has read the prompt go on from there.
 
         Raises:
           UserError: the request can never be run.
         """
-        self.check(request)
+        self.check(request, n)
         first = Run(next(self._numbers), request, list(request.prompt))
         runs = [first]
         for copy in range(1, n):
@@ -112,8 +114,10 @@ class Engine:
         self._waiting += runs
         return [run.number for run in runs]
 
-    def check(self, request: Request) -> None:
-        """Raises UserError where the request can never be run. Any thread may call this."""
+    def check(self, request: Request, n: int = 1) -> None:
+        """Raises UserError where `n` of this request can never be run. Any thread may call this."""
+        if request.max_tokens == 0 and n > 1:
+            raise UserError(f"n={n} with max_tokens=0 would score one prompt several times: ask for n=1")
         vocab, length = self._vocab, len(request.prompt)
         if min(request.prompt) < 0 or max(request.prompt) >= vocab:
             raise UserError(f"the prompt holds what is no id of this model: ids are integers from 0 to {vocab - 1}")
@@ -167,9 +171,14 @@ class Engine:
         }
 
     def publish(self, params: Params) -> None:
-        """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten."""
+        """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten.
+
+        Requests under way go on from what the earlier weights have read, and leave nothing for others to find.
+        """
         self._device.publish(params)
         self.pages.forget()
+        for run in self._running:
+            run.known = NEVER
 
     def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
         """Compiles every shape that can come, so that no request waits for it; how many they are.
@@ -184,7 +193,9 @@ class Engine:
             if draws:
                 self._device.step(rows, sizes.wanted([], [], [], R, T))
             else:
-                self._device.read(rows, np.zeros((1, T), np.int32), np.zeros(1, np.int32))
+                zeros = np.zeros((1, T), np.int32)
+                self._device.read(rows, zeros, np.zeros(1, np.int32))
+                self._device.read(rows, zeros, np.zeros(1, np.int32), zeros)
             progress(number + 1, len(shapes))
         nowhere, V = self.config.slots, self._vocab
         self._device.load(nowhere, np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
@@ -195,7 +206,15 @@ class Engine:
     # --- what a step does ---------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Slots for those who wait, in their order; those whose prompt another one is reading wait on."""
+        self._give_slots()
+        # A leader at the end of its prompt does not stay for those who could not come.
+        for run in self._waiting:
+            leader = run.waits_for
+            if leader is not None and leader.slot >= 0 and leader.cached >= len(leader.request.prompt) - 1:
+                run.waits_for = None
+
+    def _give_slots(self) -> None:
+        """To those who wait, in their order; those whose prompt another one is reading wait on."""
         for run in list(self._waiting):
             leader = run.waits_for
             if leader is not None and leader.slot < 0 and leader not in self._waiting:
@@ -205,8 +224,6 @@ class Engine:
             forks = leader is not None and leader.slot >= 0 and leader.cached == len(run.tokens) - 1 > 0
             needed = 1 if forks else -(-len(run.tokens) // self.config.page_size)
             if not self._free_slots or needed > self.pages.available:
-                # A leader does not stay for those who cannot come.
-                run.waits_for = None if forks else run.waits_for
                 return
             self._waiting.remove(run)
             run.slot, run.waits_for = self._free_slots.pop(), None
@@ -244,10 +261,15 @@ class Engine:
         self._device.load(run.slot, in_prompt, count, bias)
 
     def _read_one(self) -> None:
-        """A piece of the earliest prompt that is not read yet."""
-        run = next((run for run in self._running if run.reads), None)
-        if run is None:
+        """A piece of the prompt that came first, or, every other time, of the one that has the least left.
+
+        So neither do short ones wait for a long one, nor does it wait for ever for them.
+        """
+        reading = [run for run in self._running if run.reads]
+        if not reading:
             return
+        self._reads += 1
+        run = reading[0] if self._reads % 2 else min(reading, key=lambda run: len(run.tokens) - run.cached)
         piece = run.tokens[run.cached : min(run.cached + self.config.prefill, len(run.tokens) - 1)]
         if not self._reserve(run, run.cached + len(piece)):
             return
@@ -330,7 +352,7 @@ class Engine:
         inputs = [[run.tokens[run.cached] if run.cached < len(run.tokens) else -1] for run in runs]
         if not self._device.drafts:
             for run, given, most in zip(runs, inputs, room, strict=True):
-                given += look_up(run.tokens, most) if most else []
+                given += run.ends.after(run.tokens, most) if most else []
             room = [len(given) - 1 for given in inputs]
         counts = [1 + most for most in room]
         rows = self._shapes.rows(runs)

@@ -31,7 +31,7 @@ class Loaded(NamedTuple):
 
 
 class Device:
-    """Whatever is read goes into both models; the draft makes `guesses` at once.
+    """Prompts are read into both models; the draft makes `guesses` at once, and misses what is drawn without any.
 
     Raises:
       UserError: a model that predicts no tokens, or guesses with layers whose state cannot be taken back.

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmlab.infer.engine_step import Drawn, Rows, Wanted
 from llmlab.infer.request import Request
+from llmlab.infer.speculative import Ends
 
 
 @dataclasses.dataclass
@@ -17,7 +18,8 @@ class Run:
 
     tokens: the prompt, and what was drawn and looked at. waits_for: a request with the same prompt, which reads it
     first. cached: tokens in the cache, that of the step under way included. known: pages that others can find.
-    reported: tokens of the prompt that have been given out. allowed: what its limit says of the next token.
+    reported: tokens of the prompt that have been given out. allowed: what its limit says of the next token. ends: what
+    its tokens so far tell of the next ones.
     """
 
     number: int
@@ -31,6 +33,7 @@ class Run:
     known: int = 0
     reported: int = 0
     allowed: np.ndarray | None = None
+    ends: Ends = dataclasses.field(default_factory=Ends)
 
     @property
     def reads(self) -> bool:

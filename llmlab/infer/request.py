@@ -10,6 +10,7 @@ from llmlab.core.errors import UserError
 from llmlab.infer.engine_step import TOP
 
 Finish = Literal["stop", "length", "cancelled", "dead_end"]
+CUT: tuple[Finish, ...] = ("length", "dead_end")  # ends of what is not whole
 
 
 class Limit(Protocol):

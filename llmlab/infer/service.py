@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
+from llmlab.core.errors import UserError
 from llmlab.infer.engine import Engine
 from llmlab.infer.request import Event, Request
 
@@ -147,7 +148,7 @@ class Service:
           Overloaded, Closing, Failed: it cannot be taken now; Failed never again.
         """
         for request in requests:
-            self._engine.check(request)
+            self._engine.check(request, n)
         count = len(requests) * n
         with self._changed:
             if self._error is not None:
@@ -205,11 +206,16 @@ class Service:
         return True
 
     def _begin(self, ticket: Ticket, requests: Sequence[Request], n: int, begun: float) -> None:
-        for request in requests:
-            for number in self._engine.submit(request, n):
-                self._samples[number] = _Sample(ticket, len(ticket.numbers), begun)
-                ticket.numbers.append(number)
-            self.metrics.prompt_tokens += len(request.prompt)
+        try:
+            for request in requests:
+                for number in self._engine.submit(request, n):
+                    self._samples[number] = _Sample(ticket, len(ticket.numbers), begun)
+                    ticket.numbers.append(number)
+                self.metrics.prompt_tokens += len(request.prompt)
+        except UserError as error:  # which concerns nobody else
+            with self._changed:
+                self._admitted -= len(requests) * n - len(ticket.numbers)
+            _tell(ticket._loop, [(ticket, Failed(str(error)))])
 
     def _drop(self, ticket: Ticket, index: int) -> None:
         with self._changed:

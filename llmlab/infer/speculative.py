@@ -17,19 +17,28 @@ from llmlab.infer.engine_step import Rows, State, Wanted, applied
 from llmlab.model.transformer import unembed
 from llmlab.model.types import Params
 
-LONGEST_MATCH, SHORTEST_MATCH = 4, 2
-LOOKS_BACK = 2048
+SIZES = (4, 3, 2)  # of the end of a text that is looked for, the longest first
 
 
-def look_up(tokens: Sequence[int], most: int) -> list[int]:
-    """What followed the last time that the text ended as it does now (arXiv 2304.04487; prompt look-up)."""
-    text = list(tokens[-LOOKS_BACK:])
-    for size in range(min(LONGEST_MATCH, len(text) - 1), SHORTEST_MATCH - 1, -1):
-        end = text[-size:]
-        for begin in range(len(text) - size - 1, -1, -1):
-            if text[begin : begin + size] == end:
-                return text[begin + size : begin + size + most]
-    return []
+class Ends:
+    """Where each run of a few tokens in a growing text last ended: prompt look-up, the copying of arXiv 2304.04487."""
+
+    def __init__(self) -> None:
+        self._place_of: dict[tuple[int, ...], int] = {}
+        self._seen = 0
+
+    def after(self, tokens: Sequence[int], most: int) -> list[int]:
+        """What followed the last time that the text ended as it does now; the text only grows from call to call."""
+        for end in range(self._seen + 1, len(tokens)):  # not the end of all: nothing has followed it yet
+            for size in SIZES:
+                if size <= end:
+                    self._place_of[tuple(tokens[end - size : end])] = end
+        self._seen = max(self._seen, len(tokens) - 1)
+        for size in SIZES:
+            place = self._place_of.get(tuple(tokens[-size:])) if size < len(tokens) else None
+            if place is not None:
+                return list(tokens[place : place + most])
+        return []
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="most", donate_argnums=2)

@@ -46,7 +46,7 @@ class FunctionTool:
             return f"error: {wrong}"
         try:
             return _cut(_text(self.run(**given)))
-        except Exception as error:  # Whatever a tool cannot do is an answer, which the model has to deal with.
+        except (Exception, SystemExit) as error:  # Whatever a tool cannot do is an answer, for the model to deal with.
             return _cut(f"error: {type(error).__name__}: {error}")
 
     def entry(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from llmlab.data.chat import ChatTemplate, Conversation, Message
 from llmlab.data.rows import conversation
 from llmlab.infer.engine_step import TOP
-from llmlab.infer.request import Event, Request
+from llmlab.infer.request import CUT, Event, Request
 from llmlab.infer.service import Ticket
 from llmlab.infer.spoken import Spoken, markers_of
 from llmlab.infer.text_stream import Stops
@@ -33,6 +33,8 @@ FIELDS = (
     *(*SETTINGS, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
     *("tools", "tool_choice", "truncation"),
 )
+
+TRIMMED_TURNS = 4  # for each position of the model, at most
 
 
 async def chat(request: HttpRequest) -> Response:
@@ -142,7 +144,7 @@ class _Choice:
             pieces += self._text(self._stops.end())
         self.done = stopped or event.finish is not None
         if self.done:
-            finish = "length" if event.finish == "length" and not stopped else "tool_calls" if self._calls else "stop"
+            finish = "length" if event.finish in CUT and not stopped else "tool_calls" if self._calls else "stop"
             pieces.append(_Piece(self.index, {}, [], finish, self._tokens))
         return pieces
 
@@ -227,6 +229,9 @@ async def _prompt(fields: Fields, model: Served, template: ChatTemplate, turns: 
         raise fields.wrong("messages", why, code="context_length_exceeded")
     if truncation == "middle":
         room = model.reach - fields.integer(name, max(1, model.reach // 4), 1, model.reach)
+        if len(turns) > TRIMMED_TURNS * model.reach:
+            why = f"{len(turns):,} turns are more than can be trimmed for {model.reach:,} positions: send fewer"
+            raise fields.wrong("messages", why, code="context_length_exceeded")
         prompt = await asyncio.to_thread(trimmed, template, turns, room)
         if not prompt:
             why = f"the last turn alone leaves no room in the model's {model.reach:,} positions: shorten it"
@@ -252,11 +257,13 @@ def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list
     spoken = [turn for turn in turns if turn.role != "system"]
     questions = [place for place, turn in enumerate(spoken) if turn.role == "user"] or [0]
     first = spoken[: questions[1]] if len(questions) > 1 else []
-    shorter = [spoken, *([*first, *spoken[begin:]] for begin in questions[2:]), spoken[questions[-1] :]]
+    # Where what comes after the first exchange may begin; last of all, the last question alone.
+    begins = [None, *questions[2:], None]
 
     def ids(place: int) -> list[int]:
-        kept = turns if place == 0 else (*system, *shorter[place])
-        return template.render(kept, generate=True).ids
+        begin = begins[place]
+        shorter = spoken[questions[-1] :] if begin is None else [*first, *spoken[begin:]]
+        return template.render(turns if place == 0 else (*system, *shorter), generate=True).ids
 
-    place = bisect.bisect_left(range(len(shorter)), True, key=lambda place: len(ids(place)) <= room)
-    return ids(place) if place < len(shorter) else []
+    place = bisect.bisect_left(range(len(begins)), True, key=lambda place: len(ids(place)) <= room)
+    return ids(place) if place < len(begins) else []

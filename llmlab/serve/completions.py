@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from llmlab.infer.engine_step import TOP
-from llmlab.infer.request import Event, Request
+from llmlab.infer.request import CUT, Event, Request
 from llmlab.infer.service import Ticket
 from llmlab.infer.text_stream import TextStream
 from llmlab.serve.door import stack_of
@@ -45,6 +45,8 @@ async def completions(request: HttpRequest) -> Response:
     requests = []
     for prompt in wanted.prompts:
         most = room_for(fields, "max_tokens", 16, model, len(prompt))
+        if not most and wanted.samples > 1:
+            raise fields.wrong("n", "max_tokens=0 scores a prompt, which is the same for all samples: ask for 1")
         if not most and not wanted.echo:
             raise fields.wrong("max_tokens", "0 writes nothing: it is for echo=true, which scores a prompt")
         like = Request(
@@ -78,6 +80,7 @@ class _Piece(NamedTuple):
     entries: list[Entry]
     finish: str | None
     tokens: int
+    logp: float = 0.0
 
 
 class _Choice:
@@ -87,7 +90,7 @@ class _Choice:
         self.index, self.done, self.begun = index, False, False
         self._settings, self._tokenizer = settings, model.opened.tokenizer
         self._text = TextStream(self._tokenizer, settings.stop)
-        self._scores, self._length, self._tokens = Scores(self._tokenizer), 0, 0
+        self._scores, self._length, self._tokens, self._logp = Scores(self._tokenizer), 0, 0, 0.0
 
     def begin(self, prompt: Sequence[Event]) -> _Piece:
         """What is echoed."""
@@ -104,6 +107,7 @@ class _Choice:
         text = ""
         if event.token is not None:
             self._tokens += 1
+            self._logp += event.logp or 0.0
             self._scores.add(event)
             if event.finish != "stop":
                 text = self._text.add(event.token)
@@ -115,8 +119,8 @@ class _Choice:
         entries = self._scores.rest() if self.done and not stopped else self._scores.upto(self._length)
         finish = None
         if self.done:
-            finish = "length" if event.finish == "length" and not stopped else "stop"
-        return _Piece(self.index, text, entries, finish, self._tokens)
+            finish = "length" if event.finish in CUT and not stopped else "stop"
+        return _Piece(self.index, text, entries, finish, self._tokens, self._logp)
 
 
 async def _pieces(
@@ -160,7 +164,8 @@ async def _whole(pieces: AsyncIterator[_Piece], model: Served, settings: Asked, 
     async for piece in pieces:
         before = whole[piece.choice]
         whole[piece.choice] = _Piece(
-            piece.choice, before.text + piece.text, before.entries + piece.entries, piece.finish, piece.tokens
+            *(piece.choice, before.text + piece.text, before.entries + piece.entries),
+            *(piece.finish, piece.tokens, piece.logp),
         )
     written = sum(piece.tokens for piece in whole)
     best: list[_Piece] = []
@@ -185,9 +190,7 @@ def _choice(index: int, piece: _Piece, model: Served, wanted: _Wanted) -> dict[s
 
 def _mean(piece: _Piece) -> float:
     """By which the best are chosen: the log-probability of a token written."""
-    drawn = piece.entries[len(piece.entries) - piece.tokens :] if piece.tokens else []
-    scores = [entry.logp for entry in drawn if entry.logp is not None]
-    return sum(scores) / len(scores) if scores else float("-inf")
+    return piece.logp / piece.tokens if piece.tokens else float("-inf")
 
 
 async def _wanted(fields: Fields, model: Served, limits: Limits) -> _Wanted:

@@ -75,7 +75,7 @@ class Door:
         origin = headers.get(b"origin")
         if self._hosts is not None and host not in self._hosts:
             raise ApiError(403, f"this server is not called {host!r}: use its address, or start it with a key")
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host", ""):
+        if origin is not None and origin.partition("//")[2] != headers.get(b"host", ""):
             raise ApiError(403, f"pages from {origin!r} may not use this server")
         if not self._keys or scope["path"] in OPEN_PATHS:
             return

@@ -1,6 +1,7 @@
 """What form an answer must have."""
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from llmlab.infer.request import Limit
 from llmlab.infer.structured import Structures
 from llmlab.serve.errors import ApiError
 
+# One at a time, and not among the threads that encode texts: a form may take seconds.
+_compiling = concurrent.futures.ThreadPoolExecutor(1, "forms")
 FORMS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 
@@ -38,7 +41,7 @@ async def limit_for(response_format: Any, structures: Callable[[], Structures]) 
         where = "json_schema.schema" if kind == "json_schema" else kind
         raise _wrong(f"{where} is missing, or of another type")
     try:
-        return await asyncio.to_thread(_limit, structures, kind, given)
+        return await asyncio.get_running_loop().run_in_executor(_compiling, _limit, structures, kind, given)
     except UserError as error:
         raise _wrong(str(error)) from None
 
