@@ -61,8 +61,9 @@ def write_rows(folder: Path) -> Path:
         rows["chat"].append({"prompt": prompt, "completion": right})
         rows["preference"].append({"prompt": prompt, "chosen": right, "rejected": wrong})
         rows["ranking"].append({"prompt": prompt, "responses": [right, wrong, "?"][: rng.randint(2, 3)]})
-        rows["binary"].append({"prompt": prompt, "completion": right if rng.random() < 0.5 else wrong})
-        rows["binary"][-1]["label"] = rows["binary"][-1]["completion"] == right
+        for _ in range(2):
+            said = right if rng.random() < 0.5 else wrong
+            rows["binary"].append({"prompt": prompt, "completion": said, "label": said == right})
         rows["steps"].append({"prompt": prompt, "completions": [f"{prompt}=", wrong], "labels": [True, False]})
     for name, each in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))

@@ -1,0 +1,143 @@
+"""The engine of a 30M-parameter Llama: against transformers' `generate`, and many clients against one after the other.
+
+    python benchmarks/engine.py          # some minutes on 2 cores; --quick for fewer rounds
+
+Greedy, with the same weights; the sides take turns, each in a process of its own. Then 32 requests of mixed lengths,
+all at once and one by one, and how long the first token of a short prompt takes on an idle engine and beside a long
+prompt and seven that write. Printed, and written to benchmarks/results/engine-PLATFORM.json.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from common import Side, in_turns, machine, serve, times_faster, write_results
+from decode import NEW, PROMPT, VOCAB, state_dict, theirs, timed
+
+from llmlab.core.host_memory import keep_freed_memory
+
+CLIENTS, SLOTS, LONGEST = 32, 32, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of --rounds")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side (default: %(default)s)")
+    arguments = parser.parse_args()
+    rounds = 3 if arguments.quick else arguments.rounds
+    with tempfile.TemporaryDirectory() as folder:
+        weights = os.path.join(folder, "weights.npz")
+        sides = {"engine": Side(ours, weights)}
+        facts = sides["engine"].answer()
+        sides["transformers"] = Side(theirs, weights, os.cpu_count())
+        sides["transformers"].answer()
+        results: dict[str, Any] = {}
+        for batch in (1, 8):
+            prompt_BT = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT))
+            first = {name: side.ask(prompt_BT)[0] for name, side in sides.items()}
+            answers = in_turns(sides, prompt_BT, rounds)
+            seconds = {name: [time_ for _, time_ in each] for name, each in answers.items()}
+            ratio = times_faster(seconds["engine"], seconds["transformers"])
+            speeds = {name: batch * NEW / statistics.median(each) for name, each in seconds.items()}
+            same = float(np.mean(first["engine"] == first["transformers"]))
+            results[f"batch {batch}"] = {"tokens_per_second": speeds, "tokens_equal": same, **ratio, "seconds": seconds}
+            print(
+                f"batch {batch}: engine {speeds['engine']:.0f} tokens/s, transformers {speeds['transformers']:.0f}: "
+                f"{ratio['ours_times_faster']:.2f} times as fast; {same:.0%} of the tokens are the same"
+            )
+        sides.pop("transformers").close()
+        results["clients"] = clients = [sides["engine"].ask("clients") for _ in range(rounds)]
+    gain = statistics.median(each["one by one"] / each["at once"] for each in clients)
+    late = statistics.median(each["first token beside others"] / each["first token alone"] for each in clients)
+    print(f"{CLIENTS} clients at once: {gain:.2f} times the throughput of one by one")
+    print(f"the first token of a short prompt: {late:.2f} times as late beside others as alone")
+    setting = {"prompt": PROMPT, "new_tokens": NEW, "vocab_size": VOCAB, "rounds": rounds, "clients": CLIENTS}
+    report = {"machine": machine(), "model": facts, "setting": setting, "results": results}
+    print(f"written to {write_results('engine-' + facts['platform'], report)}")
+
+
+def ours(end: Connection, weights: str) -> None:
+    keep_freed_memory()
+    import jax
+
+    from llmlab.infer.engine import Engine, EngineConfig
+    from llmlab.infer.request import Request, Sampling
+    from llmlab.model.config import llama
+    from llmlab.model.transformer import make_model
+
+    model = make_model(llama("30m", vocab_size=VOCAB, max_positions=LONGEST))
+    params = jax.jit(model.init)(jax.random.key(0))
+    np.savez(weights, **state_dict(jax.tree.map(np.asarray, params)))
+    engine = Engine(model, params, EngineConfig(slots=SLOTS))
+    shapes = engine.compile()
+    end.send(
+        {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "platform": jax.default_backend(),
+            "shapes": shapes,
+        }
+    )
+    greedy = Sampling(temperature=0)
+
+    def run(*requests: Request) -> dict[int, list[int]]:
+        tokens: dict[int, list[int]] = {engine.submit(request)[0]: [] for request in requests}
+        while not engine.idle:
+            for event in engine.step():
+                tokens[event.number].append(event.token)
+        return tokens
+
+    def batch(prompt_BT: np.ndarray) -> np.ndarray:
+        written = run(*(Request(tuple(row), NEW, greedy) for row in prompt_BT.tolist()))
+        return np.concatenate([prompt_BT, list(written.values())], axis=1)
+
+    def first_token(*others: Request) -> float:
+        for request in others:
+            engine.submit(request)
+        for _ in range(8):
+            engine.step()
+        begun, (number,) = (
+            time.perf_counter(),
+            engine.submit(Request(tuple(rng.integers(VOCAB, size=24).tolist()), 1, greedy)),
+        )
+        while not any(event.number == number for event in engine.step()):
+            pass
+        took = time.perf_counter() - begun
+        while not engine.idle:
+            engine.step()
+        return took
+
+    rng = np.random.default_rng(1)
+
+    def request(prompt: int, new: int) -> Request:
+        return Request(tuple(rng.integers(VOCAB, size=prompt).tolist()), new, greedy)
+
+    def clients() -> dict[str, float]:
+        mixed = [request(int(rng.integers(8, 128)), int(rng.integers(16, 128))) for _ in range(CLIENTS)]
+        begun = time.perf_counter()
+        run(*mixed)
+        at_once = time.perf_counter() - begun
+        engine.pages.forget()
+        for each in mixed:
+            run(each)
+        one_by_one = time.perf_counter() - begun - at_once
+        engine.pages.forget()
+        alone = statistics.median(first_token() for _ in range(3))
+        beside = first_token(*(request(32, 200) for _ in range(7)), request(400, 16))
+        return {
+            "at once": at_once,
+            "one by one": one_by_one,
+            "first token alone": alone,
+            "first token beside others": beside,
+        }
+
+    answer = timed(batch)
+    serve(end, lambda question: clients() if isinstance(question, str) else answer(question))
+
+
+if __name__ == "__main__":
+    main()
