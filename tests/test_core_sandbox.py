@@ -193,7 +193,8 @@ def test_an_ordinary_user_gets_the_same_or_a_refusal(limit):
 
 
 TALKS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from llmlab.core.sandbox import run_python
 try: print(run_python("import time; time.sleep(60)", seconds=60))
 except KeyboardInterrupt: sys.exit(7)
@@ -215,11 +216,11 @@ def test_when_we_end_the_code_ends(number):
 @needs_namespaces
 def test_the_inner_process_ends_with_the_outer(new_processes):
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(run_python, "import time; print(1); time.sleep(60)", seconds=60)
+        done = pool.submit(run_python, "import time; time.sleep(60)", seconds=60)
         while len(below := new_processes()) < 2:
             time.sleep(0.01)
         os.kill(min(below), signal.SIGKILL)
-        assert done.result() == ("1\n", "the sandbox was ended from outside\n", "error")
+        assert done.result()[1:] == ("the sandbox was ended from outside\n", "error")
     while any(alive(pid) for pid in below):
         time.sleep(0.01)
 
