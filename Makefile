@@ -50,11 +50,13 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(PARITY_INSTALLED)  ## our step and our decoding beside PyTorch's, fine-tuning beside TRL's, in one run
+bench: $(PARITY_INSTALLED)  ## our step and our decoding beside PyTorch's, fine-tuning beside TRL's, the engine, in one run
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/structured.py
 
 lock:  ## writes requirements.lock anew from setup.cfg: versions and hashes, no addresses
 	$(PYTHON) -m venv $(VENV)-lock

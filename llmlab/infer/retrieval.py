@@ -109,15 +109,17 @@ class Index:
         return [Found(score, self.passages[place]) for place, score in best]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the index, in the place of an older one that is there.
+        """Writes the index, in the place of an older one that is there, which stays until this one is whole.
 
         Raises:
           UserError: something else is there.
         """
         target = Path(folder).expanduser().absolute()
-        if (target / _INDEX).exists() and (target / manifest.NAME).exists():
-            shutil.rmtree(target)
-        with new_folder(target) as partial:
+        replaces = (target / _INDEX).exists() and (target / manifest.NAME).exists()
+        made, old = (target.with_name(f".{target.name}.{what}") for what in ("new", "old"))
+        for left in (made, old) if replaces else ():
+            shutil.rmtree(left, ignore_errors=True)
+        with new_folder(made if replaces else target) as partial:
             rows = [json.dumps(passage, ensure_ascii=False) + "\n" for passage in self.passages]
             write_atomic(partial / _PASSAGES, "".join(rows).encode(errors="surrogatepass"))
             self._words.save(partial / "words", show_progress=False)
@@ -125,6 +127,10 @@ class Index:
                 np.save(partial / _VECTORS, self._vectors_ND, allow_pickle=False)
             write_atomic(partial / _INDEX, json.dumps({"format": _FORMAT, **self.facts}, indent=1).encode())
             manifest.write(partial, step=0, metrics={}, arrays={})
+        if replaces:
+            os.replace(target, old)
+            os.replace(made, target)
+            shutil.rmtree(old)
 
     def changed(self) -> list[str]:
         """The files that are not what they were when the index was made: changed, gone or new."""

@@ -45,8 +45,7 @@ class Ends:
 def propose(
     decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted, *, most: int
 ) -> tuple[State, jax.Array]:
-    """guess_RT: `most` tokens that the draft model draws one after the other, all of which, and the first, it has then
-    read."""
+    """guess_RT: `most` tokens that the draft model draws one after the other; it has then read all that it drew."""
     is_there_R = (rows.slot_R < len(state.last_B)).astype(jnp.int32)
 
     def one(carry: tuple[State, jax.Array, jax.Array], _: None) -> tuple[tuple[State, jax.Array, jax.Array], jax.Array]:

@@ -1,5 +1,6 @@
 """What objectives share: how the rest of the code sees one, a pass through the model, log-probabilities, the total."""
 
+import abc
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ Before = Callable[[Params, Any, jax.Array | None], Any]
 Logprobs = Literal["auto", "plain", "chunked"]
 
 
-class Objective:
+class Objective(abc.ABC):
     """What a config section `objective` is, whichever dataclass its `name` picks.
 
     Attributes:
@@ -44,9 +45,9 @@ class Objective:
         """Whether batches have to bring the reference's log-probabilities, in a run with an adapter or without."""
         return self.needs_reference and (self.reference == "stored" or (self.reference == "auto" and not adapter))
 
+    @abc.abstractmethod
     def make(self, model: Model, token_bytes_V: Any) -> Loss:
         """The loss for `model`; `token_bytes_V` are the bytes of text behind each token."""
-        raise NotImplementedError
 
     def before(self, model: Model) -> Before | None:
         """What fills in what the parts of a batch share, before it is split into microbatches; None: nothing does."""

@@ -1,7 +1,6 @@
 """`/tokenize` and `/detokenize`: what a model reads."""
 
 import asyncio
-from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -24,12 +23,12 @@ async def tokenize(request: HttpRequest) -> Response:
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
     if "messages" in fields:
         template, turns = template_of(model), conversation(as_said(fields.get("messages")))
-        return Json(await asyncio.to_thread(lambda: _shown(template.render(turns, generate=opens).ids, model)))
+        return await asyncio.to_thread(lambda: _shown(template.render(turns, generate=opens).ids, model))
     text = fields.text("prompt")
     if len(text) > _MOST:
         raise fields.wrong("prompt", f"it should be at most {_MOST:,} characters")
     first = [model.opened.tokenizer.bos_id] if bos else []
-    return Json(await asyncio.to_thread(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model)))
+    return await asyncio.to_thread(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
 
 
 async def detokenize(request: HttpRequest) -> Response:
@@ -37,17 +36,26 @@ async def detokenize(request: HttpRequest) -> Response:
     fields = await fields_of(request, ("model", "tokens"))
     model = chosen(request, fields)
     ids, vocab = fields.get("tokens"), model.opened.model.config.vocab_size
-    if not isinstance(ids, list) or not all(type(id) is int and 0 <= id < vocab for id in ids):
-        raise fields.wrong("tokens", f"it should be a list of ids, from 0 to {vocab - 1}")
-    return Json({"prompt": model.opened.tokenizer.decode(ids)})
+    if not isinstance(ids, list) or len(ids) > _MOST:
+        raise fields.wrong("tokens", f"it should be a list of at most {_MOST:,} ids")
+
+    def spelt_out() -> Response:
+        if not all(type(id) is int and 0 <= id < vocab for id in ids):
+            raise fields.wrong("tokens", f"it should be a list of ids, from 0 to {vocab - 1}")
+        return Json({"prompt": model.opened.tokenizer.decode(ids)})
+
+    return await asyncio.to_thread(spelt_out)
 
 
-def _shown(ids: list[int], model: Served) -> dict[str, Any]:
+def _shown(ids: list[int], model: Served) -> Response:
+    """Written out here too, beside the event loop, which a long text would hold up."""
     tokenizer = model.opened.tokenizer
-    return {
-        "count": len(ids),
-        "max_model_len": model.reach,
-        "tokens": ids,
-        "token_strs": [spelt(tokenizer, id) for id in ids],
-        "bytes": [list(tokenizer.decode_bytes([id])) for id in ids],
-    }
+    return Json(
+        {
+            "count": len(ids),
+            "max_model_len": model.reach,
+            "tokens": ids,
+            "token_strs": [spelt(tokenizer, id) for id in ids],
+            "bytes": [list(tokenizer.decode_bytes([id])) for id in ids],
+        }
+    )
