@@ -172,6 +172,21 @@ def test_an_index_comes_back_as_it_was_and_knows_when_it_is_stale(files, tmp_pat
     assert open_index(out).changed() == []
 
 
+def test_an_older_index_stays_until_the_next_is_whole(files, tmp_path, monkeypatch):
+    out = tmp_path / "index"
+    made = build(IndexConfig((str(files),)))
+    made.save(out)
+    (files / "new.txt").write_text("New marbles.")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmlab.workdir.manifest.write", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(IndexConfig((str(files),))).save(out)
+    assert open_index(out).search("marbles") == made.search("marbles")
+    build(IndexConfig((str(files),))).save(out)
+    assert open_index(out).changed() == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files", "index"]
+
+
 def test_a_torn_index_is_known_for_torn(files, tmp_path):
     out = tmp_path / "index"
     build(IndexConfig((str(files),)), embedder()).save(out)
