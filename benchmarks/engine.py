@@ -92,6 +92,7 @@ def ours(end: Connection, weights: str) -> None:
         return tokens
 
     def batch(prompt_BT: np.ndarray) -> np.ndarray:
+        engine.pages.forget()  # or the second turn would find its prompt read
         written = run(*(Request(tuple(row), NEW, greedy) for row in prompt_BT.tolist()))
         return np.concatenate([prompt_BT, list(written.values())], axis=1)
 

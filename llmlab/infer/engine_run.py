@@ -104,10 +104,10 @@ class Shapes(NamedTuple):
 
 
 def buckets(least: int, most: int) -> list[int]:
-    """least, four times that, and so on below `most`, and `most`."""
+    """least, twice that, and so on below `most`, and `most`."""
     sizes = [least]
     while sizes[-1] < most:
-        sizes.append(4 * sizes[-1])
+        sizes.append(2 * sizes[-1])
     return [*sizes[:-1], most]
 
 
