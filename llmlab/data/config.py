@@ -8,7 +8,8 @@ from typing import Any, Literal
 from llmlab.core.errors import UserError, nearest
 from llmlab.data.tokenizer import TokenizerConfig
 
-PartSource = Literal["python", "assistant", "text", "jsonl", "parquet", "huggingface"]
+PartSource = Literal["python", "assistant", "sums", "text", "jsonl", "parquet", "huggingface"]
+BUILT_IN = ("python", "assistant", "sums")  # which read no files
 Rows = Literal["text", "chat", "preference", "ranking", "binary", "steps"]
 
 
@@ -40,9 +41,9 @@ class DataConfig:
 
     source: `python` is the sources and language reference of the running interpreter's standard library; `assistant`
       the same without the functions that are held out from an assistant, or, as `rows` says, conversations about that
-      library and preferences between answers; `text`,
-      `jsonl` and `parquet` read files (`.gz` and `.zst` too, where they are text); `huggingface` reads folders written
-      by `save_to_disk`; `mixture` draws rows from several.
+      library and preferences between answers; `sums` are conversations about sums, and preferences; `text`, `jsonl` and
+      `parquet` read files (`.gz` and `.zst` too, where they are text); `huggingface` reads folders written by
+      `save_to_disk`; `mixture` draws rows from several.
     files: a pattern or several, such as `books/*.txt` or `crawl/**/*.jsonl.zst`. In `text`, a file is a document; one
       of more than about four million characters becomes several, cut at line ends.
     field: which field of a row holds the text, where rows have fields.
@@ -59,7 +60,7 @@ class DataConfig:
     shuffle: visit the rows in a new random order every epoch, or in the order of the files.
     held_out: the share kept from training, above 0. Files (`python`, `text`) and rows (the others) are chosen by a
       hash of their name or place, rows with answers that are judged by one of their prompt; a single `text` file is
-      split by position, its end held out; `assistant` has a split of its own.
+      split by position, its end held out; `assistant` and `sums` have splits of their own.
     held_out_files: instead, hold out exactly these; they are not trained on even if `files` matches them too.
     on_bad_input: whether an unreadable file or row is an error, or skipped, counted and reported.
     workers: processes that tokenise; 0 for one per core, up to 16; 1 for none beside this one.
@@ -68,7 +69,7 @@ class DataConfig:
     cache_dir: where tokens and tokenizers are kept; empty for `$LLMLAB_CACHE`, or `~/.cache/llmlab`.
     """
 
-    source: Literal["python", "assistant", "text", "jsonl", "parquet", "huggingface", "mixture"] = "python"
+    source: Literal["python", "assistant", "sums", "text", "jsonl", "parquet", "huggingface", "mixture"] = "python"
     files: tuple[str, ...] = ()
     field: str = "text"
     rows: Rows = "text"
@@ -143,7 +144,7 @@ def _check_choice(key: str, value: str, hint: Any) -> None:
 
 def _check_files(section: DataConfig | MixturePart, key: str) -> None:
     for name in ("files", "held_out_files"):
-        if getattr(section, name) and section.source in ("python", "assistant", "mixture"):
+        if getattr(section, name) and section.source in (*BUILT_IN, "mixture"):
             raise UserError(
                 f"{key}.{name}={getattr(section, name)!r} is not read when {key}.source={section.source!r}: "
                 f"set {key}.source to text, jsonl, parquet or huggingface"

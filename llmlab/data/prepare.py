@@ -17,7 +17,7 @@ import numpy as np
 from llmlab.core.config import to_json
 from llmlab.core.errors import UserError
 from llmlab.core.paths import cache_root, clear_when_full, locked
-from llmlab.data import readers, sources_assistant, sources_python, store
+from llmlab.data import readers, sources_assistant, sources_python, store, sums
 from llmlab.data.chat import Example, template_for
 from llmlab.data.config import DataConfig
 from llmlab.data.progress import shown
@@ -201,6 +201,8 @@ def _source_identity(config: DataConfig) -> list[Any]:
         return ["python", _python_digest()]
     if config.source == "assistant":
         return ["assistant", config.rows, _python_digest(), sources_assistant.fingerprint()]
+    if config.source == "sums":
+        return ["sums", config.rows, sums.fingerprint()]
     paths = source_paths(config)
     names = names_of(paths)
     files = [(names[path], file) for path in paths for file in _files_below(path)]

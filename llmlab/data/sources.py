@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmlab.core.errors import UserError
-from llmlab.data import readers, sources_assistant, sources_python
+from llmlab.data import readers, sources_assistant, sources_python, sums
 from llmlab.data.chat import Example
-from llmlab.data.config import DataConfig
+from llmlab.data.config import BUILT_IN, DataConfig
 from llmlab.data.readers import BadInput, Row
 from llmlab.data.rows import BadRowError, examples
 from llmlab.data.split import Split, by_name, place, takes
@@ -73,7 +73,7 @@ def documents(config: DataConfig, split: Split, report: Report) -> Iterator[Docu
 
 def source_paths(config: DataConfig) -> list[Path]:
     """Every file or folder that a config without a mixture reads, for training or held out."""
-    if config.source in ("python", "assistant"):
+    if config.source in BUILT_IN:
         return []
     return [Path(path) for path in sorted({*_training_files(config), *_expand(config, "held_out_files")})]
 
@@ -96,6 +96,9 @@ def _numbered(config: DataConfig, split: Split) -> Iterator[tuple[str, str | Bad
         return
     if config.source == "assistant":
         yield from sources_assistant.assistant_rows(config.rows, split)
+        return
+    if config.source == "sums":
+        yield from sums.sums(config.rows, split)
         return
     training, held_out = _training_files(config), [Path(p) for p in _expand(config, "held_out_files")]
     names = names_of(sorted({*training, *held_out}))

@@ -16,13 +16,13 @@ from llmlab.core.config import from_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.paths import clear_when_full, write_atomic
 from llmlab.data.chat import Example, template_for
-from llmlab.data.config import DataConfig
+from llmlab.data.config import BUILT_IN, DataConfig
 from llmlab.data.pipeline import TokenBatch, evaluation_batches, evaluation_rows
 from llmlab.data.prepare import prepare_parts
 from llmlab.data.progress import shown
 from llmlab.data.sources import Report, documents
 from llmlab.data.split import Split
-from llmlab.eval import conversations
+from llmlab.eval import attempts, conversations
 from llmlab.eval.baselines import xz_bits_per_byte
 from llmlab.eval.held_out import Evaluate, make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
@@ -31,10 +31,11 @@ from llmlab.eval.preferences import pairs_table, references_of, told_apart
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
 from llmlab.eval.tasks import Task, contexts, read_task
 from llmlab.infer.chat import NO_TOOLS, Tools
+from llmlab.infer.choose import Judge
 from llmlab.model.score import check_predicts_tokens
 from llmlab.objective import OBJECTIVES
 from llmlab.workdir.metrics import strict
-from llmlab.workdir.open import Opened
+from llmlab.workdir.open import Opened, open_workdir
 
 XZ_BYTES = 16 * 2**20
 LONGEST_UNASKED = 8192
@@ -53,6 +54,8 @@ class EvalConfig:
     split: which part of the text; empty for held_out, or, where `source` and `files` name other text, for all of it.
     conversations: where the run is of conversations, measure what the model answers to those that it has not seen, in
     turns of at most turn_tokens, drawn at turn_temperature.
+    attempts: so many answers to each of these conversations, to see what choosing among them gains; reward: the workdir
+    of a reward model that chooses too. See `llmlab.eval.attempts`.
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
     else from the task's other rows. limit: the first so many rows of each task, or conversations; 0 is all, or 500.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
@@ -69,6 +72,8 @@ class EvalConfig:
     conversations: bool = True
     turn_tokens: int = 256
     turn_temperature: float = 0.7
+    attempts: int = 0
+    reward: str = ""
     tasks: tuple[str, ...] = ()
     few_shot: int = 0
     few_shot_file: str = ""
@@ -84,7 +89,7 @@ class EvalConfig:
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        zero_or_more = ("few_shot", "limit", "batch_size", "temperature", "turn_temperature")
+        zero_or_more = ("few_shot", "limit", "batch_size", "temperature", "turn_temperature", "attempts")
         for name, least in {"turn_tokens": 1, "max_tokens": 1, **dict.fromkeys(zero_or_more, 0)}.items():
             if getattr(self, name) < least:
                 raise UserError(f"--{name}={getattr(self, name)} should be at least {least}")
@@ -92,7 +97,11 @@ class EvalConfig:
             raise UserError(f"--split={self.split!r} is not a choice: {nearest(self.split, SPLITS)}")
         if self.extract not in ("line", "number"):
             raise UserError(f"--extract={self.extract!r} is not a choice: {nearest(self.extract, ('line', 'number'))}")
-        if not (self.held_out or self.conversations or self.tasks or self.needle):
+        if self.reward and not self.attempts:
+            raise UserError("--reward chooses among attempts: give --attempts too, such as --attempts=16")
+        if self.attempts and not self.turn_temperature:
+            raise UserError("--turn_temperature=0 makes every attempt the same: choose one above 0, such as 1")
+        if not (self.held_out or self.conversations or self.tasks or self.needle or self.attempts):
             raise UserError(NOTHING)
 
 
@@ -107,7 +116,8 @@ def eval_command(
 ) -> dict[str, Any]:
     """Evaluates `opened`, prints the figures to `out`, and returns what it adds to `eval.json` in the workdir.
 
-    Rows of tasks with what the model made of them go to `eval/TASK.jsonl`, conversations to `eval/conversations.jsonl`.
+    Rows of tasks with what the model made of them go to `eval/TASK.jsonl`, conversations to `eval/conversations.jsonl`,
+    attempts at them to `eval/attempts.jsonl`.
     `tools` run where the model calls them.
 
     Raises:
@@ -120,6 +130,9 @@ def eval_command(
     out, folder = out or sys.stdout, Path(workdir).expanduser()
     tasks = [(task, contexts_) for task, contexts_ in _tasks(config)]
     result: dict[str, Any] = {"step": opened.step}
+    if config.attempts and not talks(opened):
+        raise UserError("--attempts needs a model that was trained on conversations: name the workdir of one")
+    judge = Judge(open_workdir(config.reward)) if config.reward else None
     if not (config.held_out or tasks or config.needle or talks(opened)):
         raise UserError(NOTHING)
     if config.held_out and rows_of(opened) == "preference":
@@ -137,6 +150,11 @@ def eval_command(
         result["conversations"] = conversations.summary(outcomes)
         _write_outcomes(folder / "eval" / "conversations.jsonl", outcomes)
         print(conversations.table(result["conversations"]), file=out, flush=True)
+    if config.attempts:
+        found = several(opened, config, tools, judge, quiet=quiet)
+        result["attempts"] = attempts.curve(found)
+        _write_outcomes(folder / "eval" / "attempts.jsonl", [{"attempts": each} for each in found])
+        print(attempts.table(result["attempts"]), file=out, flush=True)
     if tasks:
         result["tasks"] = []
         score = _scorer(opened, config, quiet)
@@ -224,24 +242,43 @@ def talks(opened: Opened) -> bool:
 
 def answers(opened: Opened, config: EvalConfig, tools: Tools, *, quiet: bool = False) -> list[conversations.Outcome]:
     """What `measure` says of the answers to the conversations that `config` names."""
+    examples = _conversations(opened, config)
+    with shown("answering", len(examples), not quiet, in_bytes=False) as advance:
+        settings = {"tools": tools, "progress": advance, **_turn_settings(opened, config)}
+        return conversations.measure(opened.model, opened.params, template_for(opened.tokenizer), examples, **settings)
+
+
+def several(
+    opened: Opened, config: EvalConfig, tools: Tools, judge: Judge | None, *, quiet: bool = False
+) -> list[attempts.Attempts]:
+    """`config.attempts` at each of the conversations that `config` names, and what `judge` makes of them."""
+    examples, count = _conversations(opened, config), config.attempts
+    with shown("answering", len(examples) * count, not quiet, in_bytes=False) as advance:
+        settings = {
+            "tools": tools,
+            "count": count,
+            "judge": judge,
+            "progress": advance,
+            **_turn_settings(opened, config),
+        }
+        return attempts.attempts(opened.model, opened.params, template_for(opened.tokenizer), examples, **settings)
+
+
+def _conversations(opened: Opened, config: EvalConfig) -> list[Example]:
     data, split = text_of(opened.config, config)
     found = itertools.islice(documents(data, split, Report()), config.limit or CONVERSATIONS_UNASKED)
     examples = [Example.loads(document.text) for document in found]
-    if data.rows == "binary":  # an answer that is bad is none to be compared with
-        examples = [example for example in examples if example.responses[0].value > 0]
-    with shown("answering", len(examples), not quiet, in_bytes=False) as advance:
-        return conversations.measure(
-            opened.model,
-            opened.params,
-            template_for(opened.tokenizer),
-            examples,
-            tools=tools,
-            max_tokens=min(config.turn_tokens, max(1, opened.model.config.max_positions // 2)),
-            batch_size=config.batch_size or Generation().batch_size,
-            seed=config.seed,
-            temperature=config.turn_temperature,
-            progress=advance,
-        )
+    # Of single answers, one that is bad is none to be compared with.
+    return [example for example in examples if data.rows != "binary" or example.responses[0].value > 0]
+
+
+def _turn_settings(opened: Opened, config: EvalConfig) -> dict[str, Any]:
+    return {
+        "max_tokens": min(config.turn_tokens, max(1, opened.model.config.max_positions // 2)),
+        "batch_size": config.batch_size or Generation().batch_size,
+        "seed": config.seed,
+        "temperature": config.turn_temperature,
+    }
 
 
 def evaluator_of(opened: Opened) -> Evaluate:
@@ -280,7 +317,7 @@ def text_of(trained: dict[str, Any], config: EvalConfig) -> tuple[DataConfig, Sp
     data = from_config_dict(DataConfig, trained["data"], "data")
     split: Split = "held_out"
     if config.files or (config.source and config.source != data.source):
-        reads_files = data.source not in ("python", "assistant", "mixture")
+        reads_files = data.source not in (*BUILT_IN, "mixture")
         section = {
             **{field.name: getattr(data, field.name) for field in dataclasses.fields(data)},
             "source": config.source or (data.source if reads_files else "text" if data.rows == "text" else "jsonl"),

@@ -15,8 +15,8 @@ import jax
 
 from llmlab.core.paths import write_atomic
 from llmlab.data.chat import ChatTemplate, Conversation, Example, Message, ToolCall
-from llmlab.eval.scoring import numbers
 from llmlab.infer.chat import NO_TOOLS, Reply, Tools, replies, results, split
+from llmlab.infer.choose import numbers
 from llmlab.infer.kept import as_turns
 from llmlab.model.types import Model, Params
 

@@ -5,7 +5,6 @@ depends on the answer. A prompt that the positions do not reach loses its beginn
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.eval.likelihood import LogLikelihoods, fit
 from llmlab.eval.tasks import Row, Task, continuation
+from llmlab.infer.choose import numbers
 from llmlab.infer.generate import complete
 from llmlab.model.types import Model, Params
 
@@ -167,12 +167,6 @@ def last_number(text: str) -> Decimal | None:
     """The last number before the first empty line; 1,234.50 is 1234.5."""
     found = numbers(text.split("\n\n")[0])
     return found[-1] if found else None
-
-
-def numbers(text: str) -> list[Decimal]:
-    """The numbers in a text, in order."""
-    found = re.findall(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", text)
-    return [Decimal(digits.replace(",", "")) for digits in found]
 
 
 def _accepted(task: Task, row: Row, answer: str, settings: Generation) -> str | Decimal:

@@ -50,6 +50,7 @@ def run_page(run: Run) -> bytes:
             section("curves", "Curves", _curves(run)),
             section("conversations", "What it answers", side_by_side(run)),
             section("answers", "Answers to conversations held out", answers(run.evaluation.get("conversations"))),
+            section("attempts", "Thinking longer", _attempts(run.evaluation.get("attempts"))),
             section("samples", "What it writes", _samples(run)),
             section("needle", "A needle in a haystack", _needle(run.evaluation.get("needle"))),
             section("evaluation", "Evaluation", pairs(_shown(_scores(run)))),
@@ -141,6 +142,20 @@ def _further(run: Run) -> list[str]:
     return [*charts, _calibration(run)]
 
 
+def _attempts(scores: dict[str, Any] | None) -> str:
+    """How often the chosen one of n answers is right, of `llmlab eval --attempts`; nothing where there are none."""
+    if not scores:
+        return ""
+    labels = {"majority": "answer of most", "best": "best by reward", "any": "any of them right"}
+    curves = [
+        Curve(label, list(zip(scores["n"], scores[way], strict=True)), index, dots=True)
+        for index, (way, label) in enumerate(labels.items())
+        if way in scores
+    ]
+    title = f"Right answers to {scores['questions']:,} questions, one chosen of n"
+    return chart(title, curves, "answers drawn", log_x=True, x_ticks=scores["n"], last_values=True)
+
+
 def _label(name: str) -> str:
     """What tells a metric from others in its chart."""
     first, _, kind = name.partition("/")
@@ -166,7 +181,7 @@ def _calibration(run: Run) -> str:
 
 def _scores(run: Run) -> dict[str, Any]:
     """What `llmlab eval` found, but for what has a section of its own."""
-    return flat(without_paths(_without(run.evaluation, "needle", "conversations")))
+    return flat(without_paths(_without(run.evaluation, "needle", "conversations", "attempts")))
 
 
 def _needle(found: Any) -> str:

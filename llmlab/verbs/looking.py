@@ -28,6 +28,8 @@ def _define_eval(flags: FlagValues, argv: list[str]) -> None:
         "How they are drawn: as `llmlab chat` does. 0 may repeat itself.",
         flag_values=flags,
     )
+    f.DEFINE_integer("attempts", 0, "Answers to each of these: what does choosing among them gain?", flag_values=flags)
+    f.DEFINE_string("reward", "", "The workdir of a reward model that chooses too.", flag_values=flags)
     f.DEFINE_list("tasks", [], "JSON lines files: choices, or answers to generate.", flag_values=flags)
     f.DEFINE_integer("few_shot", 0, "Solved examples before each question.", flag_values=flags)
     f.DEFINE_string("few_shot_file", "", "Where they come from; empty: the task's other rows.", flag_values=flags)
@@ -65,7 +67,7 @@ def _eval(flags: FlagValues, rest: list[str]) -> None:
     workdir = required(flags, "workdir")
     opened = llmlab.open(workdir)
     eval_command(opened, workdir, config, tools=tools() if talks(opened) else {})
-    if flags.needle:
+    if flags.needle or flags.attempts:
         from llmlab.report.run_page import write_report
 
         print(f"report   {write_report(workdir)}")

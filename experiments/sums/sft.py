@@ -1,0 +1,36 @@
+"""Sums thought through column by column, by a model that is small enough to get about half of them right.
+
+llmlab train --config=experiments/sums/sft.py --workdir=runs/sums/sft
+"""
+
+from llmlab.data import text
+from llmlab.data.tokenizer import TokenizerConfig
+from llmlab.model.config import llama
+from llmlab.objective import next_token
+from llmlab.train.config import experiment, one_of, run
+from llmlab.train.optimizer import muon
+
+
+def get_config(arg=""):
+    tiny = one_of(arg, "", "tiny") == "tiny"
+    return experiment(
+        model=llama(width=32 if tiny else 128, layers=2 if tiny else 3, heads=4, max_positions=256),
+        data=text(
+            source="sums",
+            rows="chat",
+            sequence_length=128 if tiny else 256,
+            batch_size=4 if tiny else 16,
+            tokenizer=TokenizerConfig(vocab_size=340),
+        ),
+        objective=next_token(),
+        optimizer=muon(learning_rate=4e-3, warmup=20, final=0.02),
+        run=run(
+            steps=4 if tiny else 300,
+            eval_every=2 if tiny else 100,
+            eval_batches=0,
+            sample_every=2 if tiny else 100,
+            checkpoint_every=2 if tiny else 100,
+            log_every=1 if tiny else 20,
+            sample_tokens=8 if tiny else 64,
+        ),
+    )

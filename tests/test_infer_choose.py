@@ -1,0 +1,76 @@
+"""Choosing among answers: what they come to, what most say, and what a reward model says of each."""
+
+import numpy as np
+import pytest
+
+from llmlab.core.errors import UserError
+from llmlab.core.mesh import MeshConfig, make_partition
+from llmlab.data.chat import Message
+from llmlab.infer.choose import Judge, final_answer, majority
+from llmlab.model.transformer import make_model
+from llmlab.model.types import inputs
+from llmlab.workdir.open import Opened
+from tests.helpers import random_params, tiny_llama
+from tests.scripted import TEMPLATE, TOKENIZER
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("It is 42.", "42"),
+        ("12 + 30 = 42.0", "42"),
+        ("so -1,200", "-1200"),
+        ("100", "100"),
+        ("  Yes,  of course. ", "yes, of course"),
+        ("…", "…"),
+        (" . ", None),
+    ],
+)
+def test_what_an_answer_comes_to(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answers", "place"),
+    [(["1", "2", "2"], 1), (["1", "2"], 0), ([None, None, None, "3"], 3), ([None, None], 0), (["2", "1", "1", "2"], 0)],
+)
+def test_what_most_answers_say(answers, place):
+    assert majority(answers) == place
+
+
+def judge(partition=None):
+    model = make_model(tiny_llama(vocab_size=TOKENIZER.vocab_size, head="score", max_positions=96), partition)
+    return Opened(model, random_params(model, seed=3), TOKENIZER, 5, {})
+
+
+CONVERSATIONS = [
+    (Message("user", "a" * size), Message("assistant", f"that is {size}", thinking="hm")) for size in (1, 30, 60, 7, 2)
+]
+
+
+def test_a_score_is_that_of_the_last_token():
+    opened = judge()
+    for conversation, score in zip(CONVERSATIONS, Judge(opened).scores(CONVERSATIONS), strict=True):
+        ids = TEMPLATE.render(conversation).ids
+        hidden_BTD = opened.model.apply(opened.params, inputs(np.asarray([ids], np.int32))).hidden_BTD
+        np.testing.assert_allclose(score, opened.model.score(opened.params, hidden_BTD)[0, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_scores_on_a_mesh_are_those_of_one_device():
+    there = Judge(judge(make_partition(MeshConfig(data=4, tensor=2)))).scores(CONVERSATIONS)
+    np.testing.assert_allclose(there, Judge(judge()).scores(CONVERSATIONS), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_comes_last():
+    long = (Message("user", "a" * 100), Message("assistant", "b"))
+    done = []
+    scores = Judge(judge()).scores([long, CONVERSATIONS[0]], progress=done.append)
+    assert scores[0] == -np.inf
+    assert np.isfinite(scores[1])
+    assert done == [1]
+
+
+def test_a_model_that_writes_is_no_judge():
+    model = make_model(tiny_llama(vocab_size=TOKENIZER.vocab_size))
+    with pytest.raises(UserError, match=r"model.head=score"):
+        Judge(Opened(model, random_params(model), TOKENIZER, 5, {}))
