@@ -10,6 +10,7 @@ import pytest
 from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.infer import engine_step as device
+from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
 from llmlab.infer.speculative import Ends
@@ -124,6 +125,15 @@ def test_a_long_prompt_does_not_stall_the_others():
     engine.submit(Request(tuple(range(40)), 1))
     for _ in range(5):
         assert [event.number for event in engine.step()].count(short) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_ready_are_not_copied(dtype):
+    model = make_model(dataclasses.replace(model_of("dense")[0].config, dtype=dtype))
+    params = model.unstack(random_params(model))
+    kept = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+    made = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(ready(Decoder.of(model), params))}
+    assert (made == kept) == (dtype == "float32")
 
 
 def test_a_cancelled_request_leaves_at_once():

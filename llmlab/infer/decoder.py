@@ -1,5 +1,6 @@
 """What of a model decoding needs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,4 +42,14 @@ def ready_for_steps(decoder: Decoder, params: Params) -> Params:
     return jax.tree.map(cast, decoder.unstack(params), is_leaf=lambda leaf: isinstance(leaf, weights.WeightLeaf))
 
 
-ready = jax.jit(ready_for_steps, static_argnums=0)
+def ready(decoder: Decoder, params: Params) -> Params:
+    """As `ready_for_steps`; the parameters themselves where nothing is left to do, and not a copy of each."""
+    wanted: Any = jax.eval_shape(functools.partial(ready_for_steps, decoder), params)
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, params)]
+    is_ready = structures[0] == structures[1] and jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype, wanted, params)
+    )
+    return params if is_ready else _made_ready(decoder, params)
+
+
+_made_ready = jax.jit(ready_for_steps, static_argnums=0)

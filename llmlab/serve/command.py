@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import uvicorn
 
 from llmlab.core.errors import UserError
@@ -66,6 +67,8 @@ def serve_command(config: ServeConfig, open_model: Callable[[str], Opened]) -> N
     models: dict[str, Served] = {}
     for name, folder in names.items():
         opened = open_model(folder)
+        # As the engine would have them, which otherwise keeps weights of its own beside these.
+        opened = opened._replace(params=jax.jit(opened.model.unstack)(opened.params))
         engine = Engine(opened.model, opened.params, config.engine)
         _compile(engine, name)
         votes = config.preferences or str(Path(folder) / "preferences.jsonl")
