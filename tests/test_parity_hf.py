@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmlab.data.tokenizer import PROBE, TokenizerConfig
+from llmlab.data.tokenizer_imported import export_tokenizer
+from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.generate import generate
 from llmlab.model import hf
 from llmlab.model.families import FAMILIES
@@ -527,3 +530,18 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family, tmp_path)
     few = {name: value for name, value in keys.items() if name in GIVEN} | {"model_type": family.model_type}
     (tmp_path / "config.json").write_text(json.dumps(few))
     assert hf.identity(hf.read_config(tmp_path)[0]) == hf.identity(whole)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+def test_a_tokenizer_trained_here_gives_the_same_ids_there(family, tmp_path):
+    """In each family, whose own tokenizer would cut text up in another way, and with BOS in front."""
+    tokenizer = train_tokenizer(
+        TokenizerConfig(vocab_size=350), ["the quick brown fox\n", "def f(x):\n    return\n"] * 30
+    )
+    ids = export_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **ids}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("the quick brown", "  def  f(x):\n\treturn 1234\n", PROBE.replace("\u2581", "")):
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+        assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)

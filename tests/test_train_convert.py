@@ -48,6 +48,7 @@ def test_there_and_back(folder, tmp_path, capsys):
         "config.json",
         "model.safetensors",
         "tokenizer.model",
+        "tokenizer_config.json",
         "LICENSE",
         "README.md",
         "generation_config.json",

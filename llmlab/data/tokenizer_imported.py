@@ -113,9 +113,8 @@ class ImportedTokenizer:
             return
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.chat.template, **self.chat.tokens}
         ends = {"eos_token_id": list(dict.fromkeys((self.eos_id, *self.chat.stop_ids)))}
-        for name, content in (("tokenizer_config.json", names), ("generation_config.json", ends)):
-            if not (folder / name).exists():
-                write_atomic(folder / name, json.dumps(content, indent=2).encode() + b"\n")
+        _write_missing(folder / "tokenizer_config.json", names)
+        _write_missing(folder / "generation_config.json", ends)
 
     def _saved(self) -> bytes:
         fields: dict[str, Any] = {"bos_id": self.bos_id, "eos_id": self.eos_id, "pad_id": self.pad_id}
@@ -156,9 +155,21 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if isinstance(tokenizer, ImportedTokenizer):
         tokenizer.write_into(folder)
-    else:
-        tokenizer.save(folder / "tokenizer.model")
+        return ids
+    tokenizer.save(folder / "tokenizer.model")
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.lossless:
+        # Without a class transformers goes by the model's family, whose tokenizer cuts text up in a way of its own.
+        names = {name.removesuffix("_id"): tokenizer.piece(id) for name, id in ids.items()}
+        _write_missing(
+            folder / "tokenizer_config.json",
+            {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names},
+        )
     return ids
+
+
+def _write_missing(path: Path, content: dict[str, Any]) -> None:
+    if not path.exists():
+        write_atomic(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _document_ids(folder: Path, content: str) -> tuple[int, int, int]:
