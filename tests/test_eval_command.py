@@ -62,20 +62,23 @@ def test_held_out_figures_are_those_of_the_model_and_stand_beside_xz(opened, tmp
     scores = result["held_out"]
     # One document of 400 characters and its EOS: pieces of 32 predictions that each see only themselves.
     ids = np.array([TOKENIZER.bos_id, *TOKENIZER.encode(text), TOKENIZER.eos_id])
-    nats = 0.0
+    nats, text_nats = 0.0, 0.0
     for begin in range(0, len(ids) - 1, 32):
         piece = ids[begin : begin + 33]
         logits_TV = logits(opened, piece[:-1])
         logp_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
-        nats -= logp_TV[np.arange(len(piece) - 1), piece[1:]].sum()
+        logp_T = logp_TV[np.arange(len(piece) - 1), piece[1:]]
+        nats -= logp_T.sum()
+        text_nats -= logp_T[piece[1:] != TOKENIZER.eos_id].sum()
     np.testing.assert_allclose(scores["loss"], nats / 401, rtol=1e-5)
     np.testing.assert_allclose(scores["perplexity"], np.exp(nats / 401), rtol=1e-5)
-    np.testing.assert_allclose(scores["bits_per_byte"], nats / np.log(2) / 400, rtol=1e-5)
+    np.testing.assert_allclose(scores["bits_per_byte"], text_nats / np.log(2) / 400, rtol=1e-5)
+    np.testing.assert_allclose(scores["byte_perplexity"], np.exp(text_nats / 400), rtol=1e-5)
     assert scores["xz_bits_per_byte"] == 8 * len(lzma.compress(text.encode(), preset=9)) / 400
     assert (scores["split"], scores["documents"], scores["bytes"]) == ("held_out", 1, 400)
     assert json.loads((tmp_path / "eval.json").read_text()) == result
     assert result["step"] == 7
-    for name in ("loss", "bits_per_byte", "xz_bits_per_byte"):
+    for name in ("loss", "bits_per_byte", "byte_perplexity", "xz_bits_per_byte"):
         assert f"{scores[name]:.4f}" in printed
 
 

@@ -43,8 +43,8 @@ def truth(model, params, rows):
     logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     logp_BT = np.take_along_axis(logp_BTV, rows.targets_BT[..., None], -1)[..., 0]
     nats = -(logp_BT * rows.mask_BT).sum()
-    bytes_ = (TOKEN_BYTES_V[rows.targets_BT] * rows.mask_BT).sum()
-    return nats / rows.mask_BT.sum(), nats / np.log(2) / bytes_
+    bytes_BT = TOKEN_BYTES_V[rows.targets_BT] * rows.mask_BT
+    return nats / rows.mask_BT.sum(), -logp_BT[bytes_BT > 0].sum() / np.log(2) / bytes_BT.sum()
 
 
 def test_loss_and_bits_per_byte_are_those_of_the_logits_in_float64(trained):

@@ -6,6 +6,7 @@ Of a model of conversations also what it answers to held-out ones.
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from llmlab.data.sources import Report, documents
 from llmlab.data.split import Split
 from llmlab.eval import attempts, conversations
 from llmlab.eval.baselines import xz_bits_per_byte
-from llmlab.eval.held_out import Evaluate, make_evaluator
+from llmlab.eval.held_out import Evaluate, exponential, make_evaluator
 from llmlab.eval.likelihood import make_log_likelihoods
 from llmlab.eval.needle import NeedleConfig, needle, text_table
 from llmlab.eval.preferences import pairs_table, references_of, told_apart
@@ -193,7 +194,8 @@ def held_out(
 ) -> dict[str, Any]:
     """The loss, and what else the run's objective measures, of the rows that `config` names, and what these are.
 
-    Of text: perplexity and bits per byte, and what `xz -9` makes of it.
+    Of text: perplexity, bits per byte and perplexity per byte, both without the ends of documents, and what `xz -9`
+    makes of it.
     """
     partition = opened.model.partition
     data, split = _rows_to_evaluate(opened, config)
@@ -212,6 +214,10 @@ def held_out(
         references = references_of(opened, workdir, data, split, parts)
         batches = evaluation_batches(data, parts, sharding=sharding, references=references)
         scores = evaluate(opened.params, passed(batches))
+    of_text = {}
+    if data.rows == "text":
+        byte_perplexity = exponential(scores["bits_per_byte"] * math.log(2))
+        of_text = {"byte_perplexity": byte_perplexity, **xz_of(data, split, quiet)}
     return {
         "source": data.source,
         "files": list(data.files),
@@ -219,7 +225,7 @@ def held_out(
         "documents": sum(len(store) for store in stores),
         "bytes": sum(int(store.text_bytes.sum()) for store in stores),
         **scores,
-        **(xz_of(data, split, quiet) if data.rows == "text" else {}),
+        **of_text,
     }
 
 
@@ -361,7 +367,7 @@ def _held_out_lines(scores: dict[str, Any]) -> str:
             f"{scores['split']} text of {scores['source']}{files}: "
             f"{scores['documents']:,} documents, {scores['bytes']:,} bytes",
             f"  loss           {scores['loss']:.4f} nats per token",
-            f"  perplexity     {scores['perplexity']:.3f}",
+            f"  perplexity     {scores['perplexity']:.3f} per token, {scores['byte_perplexity']:.4f} per byte",
             f"  bits per byte  {scores['bits_per_byte']:.4f}",
             f"  xz -9          {scores[BASELINE]:.4f} bits per byte, file by file{part}",
         ]

@@ -41,7 +41,7 @@ def make_evaluator(loss: Loss, partition: Partition | None = None) -> Evaluate:
         if not totals or not totals["loss"].weight:
             raise UserError("there is no held-out text: raise data.held_out, or name files in data.held_out_files")
         means = {name: mean.value() for name, mean in totals.items() if mean.weight}
-        tokens = {"perplexity": _exp(means["loss"])} if "bits_per_byte" in totals else {}
+        tokens = {"perplexity": exponential(means["loss"])} if "bits_per_byte" in totals else {}
         return {"loss": means["loss"], **tokens, **means}
 
     return evaluate
@@ -52,5 +52,6 @@ def _add(totals: dict[str, Mean], metrics: Metrics) -> None:
         totals[name] = totals.get(name, Mean(0.0, 0.0)) + Mean(float(part.sum), float(part.weight))
 
 
-def _exp(nats: float) -> float:
+def exponential(nats: float) -> float:
+    """Of a hopeless model's loss it is infinite."""
     return math.inf if nats > 700 else math.exp(nats)

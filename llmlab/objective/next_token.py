@@ -58,8 +58,9 @@ def next_token_loss(
 ) -> tuple[Mean, Metrics]:
     """(loss, metrics) of a batch: loss = -Σ mask·log p(target) (+ z_loss·Σ mask·log²Z) over Σ mask, plus the router's.
 
-    The metrics are `loss`, in nats a token and without the other terms, and `bits_per_byte`, of the text behind the
-    targets: comparable between tokenizers; and what the model counts.
+    The metrics are `loss`, in nats a token and without the other terms; `bits_per_byte`, of the targets that are text,
+    so not of the end of a document: comparable between tokenizers, and counted as lm_eval does; and what the model
+    counts.
     """
     embeddings_BTD = None
     if config.neftune_alpha and key is not None:
@@ -74,9 +75,10 @@ def next_token_loss(
     if config.z_loss:
         total = total + config.z_loss * jnp.sum(jnp.square(logz_BT) * mask_BT)
     bytes_BT = jnp.asarray(token_bytes_V)[batch.targets_BT].astype(logp_BT.dtype) * mask_BT
+    text_nats = -jnp.sum(jnp.where(bytes_BT > 0, logp_BT, 0) * mask_BT)
     metrics: Metrics = {
         "loss": Mean(nats, weight),
-        "bits_per_byte": Mean(nats / math.log(2), jnp.sum(bytes_BT)),
+        "bits_per_byte": Mean(text_nats / math.log(2), jnp.sum(bytes_BT)),
         **out.aux,
     }
     return base.total(model, Mean(total, weight), out.aux), metrics
