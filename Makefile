@@ -39,7 +39,7 @@ endef
 test: $(INSTALLED) check  ## format, lint, types, and every test that takes seconds
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch, transformers, PEFT and TRL
+test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch, transformers, PEFT, TRL and lm_eval
 	$(BIN)/python -m pytest -n 2 -m parity
 
 test-slow: $(INSTALLED)  ## what takes minutes, kills processes or fills a disk
@@ -76,6 +76,7 @@ $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'transformers>=5,<6'
 	$(BIN)/pip install --quiet --disable-pip-version-check 'peft>=0.17,<1'
 	$(BIN)/pip install --quiet --disable-pip-version-check 'trl>=1.16,<1.17'
+	$(BIN)/pip install --quiet --disable-pip-version-check 'lm_eval[api]>=0.4.13,<0.4.14'
 	touch $@
 
 clean:

@@ -153,12 +153,17 @@ def test_embeddings(server, client):
 
 
 def test_tokens_there_and_back(server):
-    for text in ("naïve 日本語 🙂", "<|user|>x</s>", ""):
+    for text in ("naïve 日本語 🙂", "<|user|>x</s>"):
         said = httpx.post(f"{server.url}/tokenize", json={"prompt": text, "add_special_tokens": False}).json()
         assert said["count"] == len(said["tokens"]) == len(said["token_strs"])
         assert bytes(itertools.chain(*said["bytes"])).decode() == text
         back = httpx.post(f"{server.url}/detokenize", json={"tokens": said["tokens"]}).json()
         assert back == {"prompt": text}
+    told = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert told == {"bos_token": "", "eos_token": None, "model_max_length": REACH}
+    bos = {"prompt": told["bos_token"], "add_special_tokens": False}
+    tokenizer = server.models["tiny"].opened.tokenizer
+    assert httpx.post(f"{server.url}/tokenize", json=bos).json()["tokens"] == [tokenizer.bos_id]
     chat = httpx.post(f"{server.url}/tokenize", json={"messages": MESSAGES}).json()
     assert chat["token_strs"][:2] == ["<s>", "<|user|>"]
     assert chat["token_strs"][-2:] == ["<|end|>", "<|assistant|>"]

@@ -24,7 +24,7 @@ from llmlab.serve.metrics import metrics
 from llmlab.serve.models import Served
 from llmlab.serve.page import page
 from llmlab.serve.preferences import preferences
-from llmlab.serve.tokens import detokenize, tokenize
+from llmlab.serve.tokens import detokenize, tokenize, tokenizer_info
 from llmlab.serve.tools import own_tools, run_tool
 
 _FORESEEN = (ApiError, BadRowError, LlmlabError, Overloaded, Closing, Failed, RecursionError)
@@ -54,6 +54,7 @@ def make_app(
             Route("/metrics", metrics),
             Route("/tokenize", tokenize, methods=["POST"]),
             Route("/detokenize", detokenize, methods=["POST"]),
+            Route("/tokenizer_info", tokenizer_info),
             Route("/tools", _tools),
             Route("/tools/{name}", _tool, methods=["POST"]),
             Route("/v1/models", _models),

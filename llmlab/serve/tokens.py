@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`: what a model reads."""
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`: what a model reads."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ _MOST = 2**20
 
 
 async def tokenize(request: HttpRequest) -> Response:
-    """The ids of a text or a conversation, each with its bytes."""
+    """The ids of a text or a conversation, each with its bytes; those of the empty text are BOS, as in a prompt."""
     fields = await fields_of(request, ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"))
     model = chosen(request, fields)
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
@@ -27,7 +27,7 @@ async def tokenize(request: HttpRequest) -> Response:
     text = fields.text("prompt")
     if len(text) > _MOST:
         raise fields.wrong("prompt", f"it should be at most {_MOST:,} characters")
-    first = [model.opened.tokenizer.bos_id] if bos else []
+    first = [model.opened.tokenizer.bos_id] if bos or not text else []
     return await asyncio.to_thread(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
 
 
@@ -45,6 +45,16 @@ async def detokenize(request: HttpRequest) -> Response:
         return Json({"prompt": model.opened.tokenizer.decode(ids)})
 
     return await asyncio.to_thread(spelt_out)
+
+
+async def tokenizer_info(request: HttpRequest) -> Response:
+    """What clients without a tokenizer of their own ask before they use the first model's through the other two.
+
+    They look up the id of BOS by its text, and no text spells a marker here: BOS is what the empty one is read as, and
+    there is none for EOS.
+    """
+    model = next(iter(request.app.state.models.values()))
+    return Json({"bos_token": "", "eos_token": None, "model_max_length": model.reach})
 
 
 def _shown(ids: list[int], model: Served) -> Response:
