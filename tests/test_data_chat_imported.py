@@ -111,7 +111,7 @@ def test_what_was_said_is_read_again(name: str):
     rendered = template.render((HELLO[0], message))
     start = rendered.mask.index(1)
     assert rendered.ids[:start] == prompt[:start]
-    assert template.parse(rendered.ids[start:]) == message
+    assert template.parse(rendered.ids[start:], rendered.ids[:start]) == message
     if name != "bars":  # whose prompt opens thinking that what is answered before has not
         assert start == len(prompt)
         end = max(place for place, mask in enumerate(rendered.mask) if mask)

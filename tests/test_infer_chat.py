@@ -1,7 +1,5 @@
 """Replies to conversations: what streams, what tools add, what is left out, one by one and many at once."""
 
-import re
-
 import jax
 import pytest
 
@@ -14,7 +12,7 @@ from llmlab.infer.chat import fitted, replies, reply, results, split
 from llmlab.infer.generate import stream
 from llmlab.model.config import llama
 from llmlab.model.transformer import make_model
-from tests.scripted import END, MODEL, REACH, TEMPLATE, TOKENIZER, assistant, ids_of, says, tool, user
+from tests.scripted import MODEL, REACH, TEMPLATE, assistant, ids_of, says, tool, user
 
 TOOLS = {"add": lambda text: str(sum(map(int, text.split("+"))))}
 
@@ -24,7 +22,7 @@ def heard(monkeypatch, said, *conversation, **settings):
     says(monkeypatch, (lambda prompt, seed: said(prompt)) if callable(said) else lambda prompt, seed: said)
     pieces = []
     settings = {"max_tokens": 99, "on_text": lambda kind, text: pieces.append((kind, text)), **settings}
-    return reply(MODEL, {}, TEMPLATE, TOKENIZER, conversation or [user("hi")], **settings), pieces
+    return reply(MODEL, {}, TEMPLATE, conversation or [user("hi")], **settings), pieces
 
 
 def joined(pieces):
@@ -67,6 +65,7 @@ def test_what_stands_between_markers_is_no_text(monkeypatch):
         ("<|call|>add 1", [("text", "add 1")]),
         ("a<|call|><|/call|>b", [("text", "ab")]),
         ("a<|user|>b<|result|>c", [("text", "abc")]),
+        ("<|think|>a<|call|>f x<|/call|>b", [("thinking", "a"), ("call", "f x"), ("text", "b")]),
         (
             "<|think|>🙂<|/think|>x<|call|>a 1<|/call|>",
             [("thinking", "🙂"), ("text", "x"), ("call", "a 1")],
@@ -82,42 +81,6 @@ def test_what_is_not_well_formed_comes_as_the_template_reads_it(monkeypatch, scr
 def test_thinking_that_ends_in_half_a_character_does_not_open_a_call_to_the_eye(monkeypatch):
     _, pieces = heard(monkeypatch, [*ids_of("<|think|>"), 0xF0, *ids_of("<|/think|>x<|call|>add 1<|/call|>")])
     assert joined(pieces) == [("thinking", "\ufffd"), ("text", "x"), ("call", "add 1")]
-
-
-class TextMarks:
-    """A template of a model whose tokenizer has no tokens for thinking and calls."""
-
-    stop_ids = (END,)
-
-    def render(self, conversation, *, generate=False):
-        return TEMPLATE.render(conversation, generate=generate)
-
-    def parse(self, ids):
-        text = TOKENIZER.decode(ids)
-        thought = re.match("<think>(.*?)(</think>|$)", text, re.DOTALL)
-        text = text[thought.end() :] if thought else text
-        calls = re.findall("<tool_call>(.*?) (.*?)</tool_call>", text)
-        text = re.sub("<tool_call>.*? .*?</tool_call>", "", text)
-        return assistant(text.strip(), *calls, thinking=thought[1] if thought else "")
-
-
-@pytest.mark.parametrize(
-    "script, want",
-    [
-        ("<think>a < b</think>\n\nso <tool_call>add 1</tool_call>", ["a < b", "so", ("call", "add 1")]),
-        ("x <tool_call>add 1", ["x <tool_call>add 1"]),
-        ("if a <t or <tool b", ["if a <t or <tool b"]),
-        ("2 <", ["2 <"]),
-    ],
-)
-def test_markers_that_are_spelt_do_not_show_either(monkeypatch, script, want):
-    says(monkeypatch, lambda prompt, seed: script)
-    pieces = []
-    say = lambda kind, text: pieces.append((kind, text))  # noqa: E731
-    said = reply(MODEL, {}, TextMarks(), TOKENIZER, [user("hi")], max_tokens=99, on_text=say)
-    runs = ["".join(text for kind, text in pieces if kind == name).strip() for name in ("thinking", "text")]
-    assert [run for run in runs if run] + [piece for piece in pieces if piece[0] == "call"] == want
-    assert runs == [said.messages[0].thinking, said.messages[0].content]
 
 
 def test_calls_run_and_the_model_goes_on(monkeypatch):
@@ -167,7 +130,7 @@ def test_a_call_that_is_refused_is_an_answer_to_the_model(monkeypatch):
     script = "<|call|>keep x<|/call|><|call|>add 1+2<|/call|><|call|>ad 1<|/call|>"
     prompts = says(monkeypatch, lambda prompt, seed: "Well." if "<|result|>" in prompt else script)
     settings = {"tools": tools, "approve": approve, "max_tokens": 99}
-    said = reply(MODEL, {}, TEMPLATE, TOKENIZER, [user("hi")], **settings)
+    said = reply(MODEL, {}, TEMPLATE, [user("hi")], **settings)
     no = "error: the user does not allow this call"
     missing = "error: there is no tool 'ad': did you mean 'add'?"
     assert said.messages[1:] == (tool("keep", no), tool("add", "3"), tool("ad", missing), assistant("Well."))
@@ -203,7 +166,7 @@ def test_the_earliest_turns_are_left_out_but_never_the_system(monkeypatch):
     asked = says(monkeypatch, lambda prompt, seed: "fine")
     notes = []
     settings = {"max_tokens": 100, "on_text": lambda kind, text: notes.append((kind, text))}
-    said = reply(MODEL, {}, TEMPLATE, TOKENIZER, [*turns, user("last")], **settings)
+    said = reply(MODEL, {}, TEMPLATE, [*turns, user("last")], **settings)
     (prompt,) = asked
     assert prompt.startswith("<|system|>be kind<|end|><|user|>q3.")
     assert prompt.endswith("<|user|>last<|end|><|assistant|>")
@@ -257,9 +220,9 @@ def test_many_at_once_are_as_one_by_one(monkeypatch):
     settings = {"tools": TOOLS, "max_tokens": 80}
     many = replies(MODEL, {}, TEMPLATE, asked, seeds=range(10, 15), batch_size=2, progress=done.append, **settings)
     for i in (0, 1, 3, 4):
-        assert many[i]._replace(seconds=0.0) == reply(
-            MODEL, {}, TEMPLATE, TOKENIZER, asked[i], seed=10 + i, **settings
-        )._replace(seconds=0.0)
+        assert many[i]._replace(seconds=0.0) == reply(MODEL, {}, TEMPLATE, asked[i], seed=10 + i, **settings)._replace(
+            seconds=0.0
+        )
     assert many[3].messages[-1].content == "30+40 is 70, says 13"
     assert (many[2].messages, many[2].ended) == ((), False)
     assert done == sorted(done)
@@ -295,7 +258,7 @@ def test_a_real_model_says_the_same_alone_and_among_others():
     settings = {"max_tokens": 12, "temperature": 1.0}
     many = replies(model, params, template, asked, seeds=[5, 6, 8], **settings)
     for seed, conversation, said in zip([5, 6, 8], asked, many, strict=True):
-        alone = reply(model, params, template, tokenizer, conversation, seed=seed, **settings)
+        alone = reply(model, params, template, conversation, seed=seed, **settings)
         assert alone.messages == said.messages
         prompt = template.render(conversation, generate=True).ids
         ids = list(stream(model, params, prompt, seed=seed, stop_ids=template.stop_ids, **settings))

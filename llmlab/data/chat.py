@@ -4,6 +4,8 @@ Markers are control tokens placed by id, and the text between them is encoded ap
 stays text. Training, sampling, evaluation and the command line all read and write conversations by a `ChatTemplate`.
 """
 
+import codecs
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -97,6 +99,24 @@ class Rendered(NamedTuple):
     steps: list[tuple[int, float]]
 
 
+class Piece(NamedTuple):
+    """More of what an assistant says; `text` is a whole call's too, spelt out for people."""
+
+    kind: Literal["text", "thinking", "call"]
+    text: str
+    call: ToolCall | None = None
+
+
+class TurnReader(Protocol):
+    """One turn of an assistant, read as its ids come. What it has given out is never taken back."""
+
+    def add(self, id: int) -> list[Piece]:
+        """What is certain with one more id, which is none that ends a turn."""
+
+    def end(self) -> list[Piece]:
+        """The rest, as no more ids come."""
+
+
 class ChatTemplate(Protocol):
     """How one family of models spells conversations.
 
@@ -116,11 +136,14 @@ class ChatTemplate(Protocol):
           UserError: the template cannot spell this conversation, or a text holds a lone surrogate.
         """
 
-    def parse(self, ids: Iterable[int]) -> Message:
-        """The assistant's turn that a model wrote after `generate`, with or without its end.
+    def reader(self, prompt: Sequence[int] | None = None) -> TurnReader:
+        """Reads what a model writes after `generate`; a call that is not well formed is text.
 
-        A call that is not well formed is text.
+        prompt: the ids that it follows, which may have begun its thinking; None: those of a question.
         """
+
+    def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
+        """The whole turn that `reader` reads, with or without its end."""
 
 
 def template_for(tokenizer: Tokenizer) -> ChatTemplate:
@@ -168,32 +191,11 @@ class MarkerTemplate:
             mask.append(0)
         return Rendered(ids, mask, steps)
 
-    def parse(self, ids: Iterable[int]) -> Message:
-        markers = {self._id[name]: name for name in CHAT_MARKERS}
-        message = Message("assistant")
-        held: list[int] = []  # the text since the last marker
-        inside = ""  # the marker that opened it
+    def reader(self, prompt: Sequence[int] | None = None) -> TurnReader:
+        return _MarkerReader(self._tokenizer)
 
-        def text() -> str:
-            return self._tokenizer.decode(held)
-
-        for id in ids:
-            if id in self.stop_ids:
-                break
-            marker = markers.get(id)
-            if marker is None:
-                held.append(id)
-                continue
-            if inside == "<|think|>" and marker == "<|/think|>":
-                message = message._replace(thinking=message.thinking + text())
-            elif inside == "<|call|>" and marker == "<|/call|>" and (call := _call(text())):
-                message = message._replace(calls=(*message.calls, call))
-            else:
-                message = message._replace(content=message.content + text())
-            held, inside = [], marker
-        if inside == "<|think|>":
-            return message._replace(thinking=message.thinking + text())
-        return message._replace(content=message.content + text())
+    def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
+        return read(self.reader(prompt), ids, self.stop_ids)
 
     def _turn(self, message: Message) -> tuple[list[int], list[int], list[tuple[int, float]]]:
         """What opens the turn, the turn with its end, and where in the latter its steps end."""
@@ -217,6 +219,60 @@ class MarkerTemplate:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+
+class _MarkerReader:
+    """What a call's marker opens waits for what closes it; all else is certain at once."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._markers = {tokenizer.control[name]: name for name in CHAT_MARKERS}
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._inside = ""  # the last marker
+        self._held: list[str] = []
+
+    def add(self, id: int) -> list[Piece]:
+        marker = self._markers.get(id)
+        if marker is None:
+            return self._more(self._decoder.decode(self._tokenizer.decode_bytes([id])))
+        return [*self._last(), *self._turned(marker)]
+
+    def end(self) -> list[Piece]:
+        return [*self._last(), *self._turned("")]
+
+    def _last(self) -> list[Piece]:
+        return self._more(self._decoder.decode(b"", final=True))
+
+    def _more(self, text: str) -> list[Piece]:
+        if self._inside == "<|call|>":
+            self._held.append(text)
+            return []
+        return [Piece("thinking" if self._inside == "<|think|>" else "text", text)] if text else []
+
+    def _turned(self, marker: str) -> list[Piece]:
+        """What was held, now that the next marker has come."""
+        text, closed = "".join(self._held), self._inside == "<|call|>" and marker == "<|/call|>"
+        self._held, self._inside = [], marker
+        if closed and (call := _call(text)):
+            return [call_piece(call)]
+        return [Piece("text", text)] if text else []
+
+
+def call_piece(call: ToolCall) -> Piece:
+    """A call, as readers give it out."""
+    return Piece("call", f"{call.name} {call.arguments}", call)
+
+
+def read(reader: TurnReader, ids: Iterable[int], stop_ids: Sequence[int]) -> Message:
+    """The whole turn: all before the first id that ends one."""
+    said = itertools.takewhile(lambda id: id not in stop_ids, ids)
+    return joined([*itertools.chain.from_iterable(map(reader.add, said)), *reader.end()])
+
+
+def joined(pieces: Sequence[Piece]) -> Message:
+    """The turn of which these are the pieces."""
+    content, thinking = ("".join(p.text for p in pieces if p.kind == kind) for kind in ("text", "thinking"))
+    return Message("assistant", content, thinking, tuple(p.call for p in pieces if p.call))
 
 
 def _call(text: str) -> ToolCall | None:

@@ -3,16 +3,18 @@
 import functools
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llmlab.core.errors import UserError
-from llmlab.data.chat import Message, Rendered, ToolCall
+from llmlab.data.chat import Message, Rendered, ToolCall, TurnReader, read
 from llmlab.data.chat_encoding import Encoded, Encoder, unused
 from llmlab.data.chat_jinja import JinjaTemplate
+from llmlab.data.chat_reading import ImportedReader, TurnText, marks_of
 from llmlab.data.chat_tracing import Said, Written, find_said, form_of
 from llmlab.data.tokenizer_imported import ImportedTokenizer
+
+_OPENING = 16  # ids, at the end of a prompt, in which a mark that opens thinking stands
 
 
 class ImportedTemplate:
@@ -35,7 +37,7 @@ class ImportedTemplate:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((tokenizer.eos_id, *ends, *tokenizer.chat.stop_ids)))
         typable = not self._markers(form.header) or (form.opening and not self._markers(form.opening))
         self._form = form._replace(header="") if typable else form
-        self._reader = _Reader(tokenizer, self._encoder.control, self._jinja.literals, form.opening)
+        self._marks = marks_of(self._encoder.control, self._jinja.literals)
         self._leaves_out = functools.cache(functools.partial(_leaves_out, self._jinja))
         self._as_dicts = functools.partial(as_dicts, decode=_takes_objects(self._jinja))
         self.fingerprint = f"imported 1 {tokenizer.fingerprint}"
@@ -68,10 +70,13 @@ class ImportedTemplate:
                 steps += zip((encoded.first_from(end) - 1 for end in said.steps), labels, strict=True)
         return Rendered(encoded.ids, mask, steps)
 
-    def parse(self, ids: Iterable[int]) -> Message:
-        said = list(ids)
-        end = next((place for place, id in enumerate(said) if id in self.stop_ids), len(said))
-        return self._reader.read(said[:end], finished=end < len(said))
+    def reader(self, prompt: Sequence[int] | None = None) -> TurnReader:
+        text, think = TurnText(self._tokenizer, self._marks.ids), self._marks.think
+        opening = self._form.opening.replace("<think>", think) if prompt is None else text.whole(prompt[-_OPENING:])
+        return ImportedReader(text, self._marks, thinks=opening.rstrip().endswith(think))
+
+    def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
+        return read(self.reader(prompt), ids, self.stop_ids)
 
     def _markers(self, text: str) -> list[tuple[int, int]]:
         return self._encoder.encode(text, next(unused(text))).markers
@@ -170,60 +175,3 @@ def _takes_objects(template: JinjaTemplate) -> bool:
         return "'a'" not in template.write(as_dicts(call))  # as Python would print it
     except UserError:
         return False
-
-
-class _Reader:
-    """Reads what an assistant said, where thinking and calls stand in the marks that most families share."""
-
-    def __init__(self, tokenizer: ImportedTokenizer, control: dict[str, int], literals: Sequence[str], opening: str):
-        self._tokenizer = tokenizer
-        self._marks = {control[name]: name for name in _MARKS if name in control}
-        written = "".join(literals)
-        # A mark that is no token of the vocabulary is text, and then text is a mark.
-        spelt = [_SIGN + name if name in control else name if name in written else _NEVER for name in _MARKS]
-        self._think, self._answer, self._call, self._called = map(re.escape, spelt)
-        self._opening = spelt[0] if "<think>" in opening and "</think>" not in opening else ""
-
-    def read(self, ids: Iterable[int], finished: bool) -> Message:
-        pieces = list[str]()
-        for is_mark, group in itertools.groupby(ids, key=self._marks.__contains__):
-            run = list(group)
-            pieces += [_SIGN + self._marks[id] for id in run] if is_mark else [self._tokenizer.decode(run)]
-        text, thinking, calls = "".join(pieces), "", list[ToolCall]()
-        if not finished or re.search(self._answer, text):  # some prompts, as after a tool's result, open no thinking
-            text = self._opening + text
-        if thought := re.match(rf"\s*{self._think}(.*?)({self._answer}|\Z)", text, re.DOTALL):
-            text, thinking = text[thought.end() :], thought[1].strip("\n")
-
-        def take(found: re.Match[str]) -> str:
-            call = _call(found[1])
-            calls.extend([call] if call else [])
-            return "" if call else found[0]
-
-        content = re.sub(rf"\n?{self._call}(.*?){self._called}", take, text, flags=re.DOTALL)
-        return Message("assistant", _plain(content).strip(), _plain(thinking), tuple(calls))
-
-
-_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-_SIGN = "\U000ffffd"  # before a mark that is a token of its own
-_NEVER = "\U000ffffc"
-
-
-def _plain(text: str) -> str:
-    return text.replace(_SIGN, "")
-
-
-def _call(text: str) -> ToolCall | None:
-    """The call that a model wrote; None if it is not well formed."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        # Templates write arguments that are no JSON as they are.
-        plain = re.fullmatch(r'\s*\{"name": "([^"\\]+)", "arguments": ([^{\["\s].*)\}\s*', text, re.DOTALL)
-        return ToolCall(plain[1], plain[2]) if plain else None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        return None
-    arguments = call.get("arguments", {})
-    return ToolCall(
-        call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    )

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from llmlab.core.errors import UserError, nearest
 from llmlab.data.chat import ChatTemplate, Conversation, Message, ToolCall
-from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer.generate import complete, stream
-from llmlab.infer.spoken import Kind, Spoken, markers_of
+from llmlab.infer.spoken import Kind, Spoken
 from llmlab.model.types import Model, Params
 
 Tool = Callable[[str], str]
@@ -41,7 +40,6 @@ def reply(
     model: Model,
     params: Params,
     template: ChatTemplate,
-    tokenizer: Tokenizer,
     conversation: Sequence[Message],
     *,
     tools: Tools = NO_TOOLS,
@@ -71,7 +69,6 @@ def reply(
       UserError: the last turn alone leaves no room for `max_tokens`, or a setting is out of its range.
     """
     say = on_text or (lambda kind, text: None)
-    markers = markers_of(tokenizer)
     said, calls = Reply(), 0
     while True:
         prompt, left_out = fitted(template, (*conversation, *said.messages), model.config.max_positions - max_tokens)
@@ -83,7 +80,7 @@ def reply(
         if left_out > said.left_out:
             say("note", f"the model's {model.config.max_positions:,} positions leave out the first {left_out} turns")
         ids = stream(model, params, prompt, max_tokens=max_tokens, seed=seed, stop_ids=template.stop_ids, **sampling)
-        message, written, seconds = _listen(ids, Spoken(template, markers), say, stop)
+        message, written, seconds = _listen(ids, Spoken(template, prompt), say, stop)
         ended = bool(written) and written[-1] in template.stop_ids
         said = Reply(
             (*said.messages, message),
@@ -159,7 +156,7 @@ def replies(
                 **sampling,
             )
             for i, ids in zip(chosen, written, strict=True):
-                message, ended = template.parse(ids), ids[-1] in template.stop_ids
+                message, ended = template.parse(ids, prompts[i]), ids[-1] in template.stop_ids
                 said[i] = said[i]._replace(
                     messages=(*said[i].messages, message), ended=ended, tokens=said[i].tokens + len(ids)
                 )
@@ -208,12 +205,12 @@ def _listen(
     for id in ids:
         last = time.perf_counter()
         first = first or last
-        for kind, text in spoken.add(id):
-            say(kind, text)
+        for piece in spoken.add(id):
+            say(piece.kind, piece.text)
         if spoken.ended or stop():
             break
-    for kind, text in spoken.end():
-        say(kind, text)
+    for piece in spoken.end():
+        say(piece.kind, piece.text)
     return spoken.message, spoken.ids, last - first
 
 

@@ -106,7 +106,7 @@ def _answered(
     **settings: Any,
 ) -> Conversation:
     """The conversation with what the model says to it, or without the question where that cannot be answered."""
-    parts = opened.model, opened.params, template, opened.tokenizer
+    parts = opened.model, opened.params, template
     with interruptible() as stopped:
         try:
             said = reply(

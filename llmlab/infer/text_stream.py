@@ -6,6 +6,7 @@ The pieces joined equal the whole: what decoding all the bytes at once gives, up
 import codecs
 from collections.abc import Sequence
 
+from llmlab.core.text import may_become
 from llmlab.data.tokenizer import Tokenizer
 
 
@@ -56,12 +57,3 @@ class TextStream:
     def end(self) -> str:
         """The rest, as no more ids come."""
         return self._stops.add(self._decoder.decode(b"", final=True)) + self._stops.end()
-
-
-def may_become(text: str, strings: Sequence[str]) -> int:
-    """Characters at the end of `text` that one of `strings` begins with."""
-    longest = max(map(len, strings), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(string.startswith(text[-size:]) for string in strings):
-            return size
-    return 0

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llmlab.data.chat import ChatTemplate, Conversation, Message
+from llmlab.data.chat import ChatTemplate, Conversation, Message, Piece
 from llmlab.data.rows import conversation
 from llmlab.infer.engine_step import TOP
 from llmlab.infer.request import CUT, Event, Request
 from llmlab.infer.service import Ticket
-from llmlab.infer.spoken import Spoken, markers_of
+from llmlab.infer.spoken import Spoken
 from llmlab.infer.text_stream import Stops
 from llmlab.serve.completions import usage_of
 from llmlab.serve.door import stack_of
@@ -69,7 +69,9 @@ async def chat(request: HttpRequest) -> Response:
         "model": model.name,
         "system_fingerprint": f"step-{model.opened.step}",
     }
-    choices = [_Choice(index, model, template, settings, tools, want_scores) for index in range(settings.n)]
+    choices = [
+        _Choice(index, model, Spoken(template, prompt), settings, tools, want_scores) for index in range(settings.n)
+    ]
     pieces = _pieces(ticket, choices, limits.seconds)
     if settings.stream:
         return event_stream(_chunks(pieces, head, model, settings, len(prompt), want_scores))
@@ -105,20 +107,20 @@ class _Choice:
         self,
         index: int,
         model: Served,
-        template: ChatTemplate,
+        spoken: Spoken,
         settings: Asked,
         tools: list[Declared],
         want_scores: bool,
     ):
         self.index, self.done, self._tools = index, False, tools
         self._tokenizer = model.opened.tokenizer
-        self._spoken, self._stops = Spoken(template, markers_of(self._tokenizer)), Stops(settings.stop)
+        self._spoken, self._stops = spoken, Stops(settings.stop)
         self._scores = Scores(self._tokenizer) if want_scores else None
         self._length = self._tokens = self._calls = 0
 
     def add(self, event: Event) -> list[_Piece]:
         """What one more event makes of it."""
-        said = []
+        said = list[Piece]()
         if event.token is not None:
             self._tokens += 1
             if self._scores and event.finish != "stop" and self._tokenizer.decode_bytes([event.token]):
@@ -127,18 +129,17 @@ class _Choice:
         if event.finish is not None:
             said += self._spoken.end()
         pieces = []
-        for kind, text in said:
+        for piece in said:
             if self._stops.stopped:
                 break
-            if kind == "text":
-                pieces += self._text(self._stops.add(text))
-            elif kind == "thinking":
-                pieces.append(self._piece({"reasoning_content": text}))
-            else:
-                call = self._spoken.message.calls[self._calls]
-                delta = {"index": self._calls} | as_json(call, self._tools)
+            if piece.call:
+                delta = {"index": self._calls} | as_json(piece.call, self._tools)
                 self._calls += 1
                 pieces.append(self._piece({"tool_calls": [delta]}))
+            elif piece.kind == "thinking":
+                pieces.append(self._piece({"reasoning_content": piece.text}))
+            else:
+                pieces += self._text(self._stops.add(piece.text))
         stopped = self._stops.stopped
         if event.finish is not None and not stopped:
             pieces += self._text(self._stops.end())

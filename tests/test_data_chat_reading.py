@@ -1,0 +1,181 @@
+"""What is read as it comes is what reading it at once gives, whatever a model writes."""
+
+import itertools
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("tokenizers", reason="the extra hf installs it")
+pytest.importorskip("jinja2", reason="the extra hf installs it")
+
+from llmlab.data.chat import CHAT_MARKERS, Message, ToolCall, joined
+from tests.chat_families import FAMILIES, byte_level, made, of
+from tests.scripted import TEMPLATE, TOKENIZER, assistant
+
+WRITTEN = [
+    *("the fox", " ", "\n", "\n\n", "é🙂", "<", "<th", "</think", "<tool_", '{"a": 1}', "</tool_call>", "<think>"),
+    *('{"name": "f", "arguments": {"a": [1]}}', '\n{"name": "f", "arguments": 1 + 1}\n', "f 1", "\u2581"),
+    *("<tool_call>", "</think>", '<tool_call>{"name": "f"}</tool_call>', "<|call|>"),
+]
+SIGN, NEVER = "\U000fffff", "\U000ffffe"
+
+
+def own_at_once(ids) -> Message:
+    """Of our own template: every text between two markers, by what stands around it."""
+    names = {TOKENIZER.control[name]: name for name in CHAT_MARKERS}
+    said = list(itertools.takewhile(lambda id: id not in TEMPLATE.stop_ids, ids))
+    places = [place for place, id in enumerate(said) if id in names]
+    texts = [TOKENIZER.decode(said[i + 1 : j]) for i, j in itertools.pairwise([-1, *places, len(said)])]
+    before, after = ["", *(names[said[place]] for place in places)], [*(names[said[place]] for place in places), ""]
+    message = Message("assistant")
+    for opened, text, closed in zip(before, texts, after, strict=True):
+        call = re.fullmatch(r"(\S+?)(?: (.*))?", text, re.DOTALL)
+        if opened == "<|call|>" and closed == "<|/call|>" and call and call[1].split() == [call[1]]:
+            message = message._replace(calls=(*message.calls, ToolCall(call[1], call[2] or "")))
+        elif opened == "<|think|>":
+            message = message._replace(thinking=message.thinking + text)
+        else:
+            message = message._replace(content=message.content + text)
+    return message
+
+
+def imported_at_once(name: str, ids) -> Message:
+    """Of a family: the whole text, by regular expressions."""
+    tokenizer, template = of(name)
+    added = {entry["content"]: entry["id"] for entry in json.loads(tokenizer.content)["added_tokens"]}
+    marks = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    mark_of = {added[mark]: mark for mark in marks if mark in added}
+    said = itertools.takewhile(lambda id: id not in template.stop_ids, ids)
+    text = ""
+    for is_mark, run in itertools.groupby(said, key=mark_of.__contains__):
+        run = list(run)
+        plain = "" if is_mark else tokenizer.decode_bytes(run).decode(errors="replace")
+        text += plain or "".join(SIGN + mark_of[id] for id in run if is_mark)
+    think, answer, call, called = (f"{SIGN}{mark}" if mark in added else NEVER for mark in marks)
+    text = think + text if name in ("opened", "bars") else text
+    thought = re.match(rf"\s*{think}(.*?)({answer}|\Z)", text, re.DOTALL)
+    text = text[thought.end() :] if thought else text
+    calls = []
+
+    def take(found: re.Match[str]) -> str:
+        if plain := re.fullmatch(r'\s*\{"name": "f", "arguments": (1 \+ 1.*)\}\s*', found[1], re.DOTALL):
+            calls.append(ToolCall("f", plain[1]))
+            return ""
+        try:
+            entry = json.loads(found[1])
+            calls.append(ToolCall(entry["name"], json.dumps(entry.get("arguments", {}))))
+        except (ValueError, KeyError, TypeError):
+            return found[0]
+        return ""
+
+    text = re.sub(rf"\n?{call}(.*?){called}", take, text, flags=re.DOTALL)
+    thinking = thought[1].strip("\n") if thought else ""
+    return Message("assistant", text.replace(SIGN, "").strip(), thinking.replace(SIGN, ""), tuple(calls))
+
+
+def as_it_comes(template, ids) -> list:
+    """The pieces, id by id."""
+    reader, pieces = template.reader(), []
+    for id in itertools.takewhile(lambda id: id not in template.stop_ids, ids):
+        pieces += reader.add(id)
+    return [*pieces, *reader.end()]
+
+
+def written(tokenizer, template) -> st.SearchStrategy[list[int]]:
+    """Ids of anything: any of the vocabulary, markers more often, and what looks like a turn or nearly so."""
+    import tokenizers
+
+    spelt = tokenizer.encode
+    if hasattr(tokenizer, "content"):
+        library = tokenizers.Tokenizer.from_str(tokenizer.content)
+        spelt = lambda text: library.encode(text, add_special_tokens=False).ids  # noqa: E731
+        markers = [entry["id"] for entry in json.loads(tokenizer.content)["added_tokens"]]
+    else:
+        markers = [*tokenizer.control.values()]
+    some = st.one_of(
+        st.integers(0, tokenizer.vocab_size - 1).map(lambda id: [id]),
+        st.sampled_from(markers).map(lambda id: [id]),
+        st.sampled_from(WRITTEN).map(spelt),
+        st.sampled_from(WRITTEN).map(tokenizer.encode),
+    )
+    return st.lists(some.filter(lambda ids: not set(ids) & {0, *template.stop_ids}), max_size=12).map(
+        lambda parts: [id for part in parts for id in part]
+    )
+
+
+def check(template, tokenizer, at_once, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None)
+    @given(written(tokenizer, template), st.sampled_from([(), template.stop_ids[:1]]))
+    def same(ids, end):
+        pieces = as_it_comes(template, [*ids, *end])
+        assert joined(pieces) == at_once([*ids, *end]) == template.parse([*ids, *end])
+        assert all(piece.text for piece in pieces)
+
+    same()
+
+
+@pytest.mark.parametrize("examples", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_our_own(examples: int):
+    check(TEMPLATE, TOKENIZER, own_at_once, examples)
+
+
+@pytest.mark.parametrize("examples", [50, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, examples: int):
+    tokenizer, template = of(name)
+    check(template, tokenizer, lambda ids: imported_at_once(name, ids), examples)
+
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "script, pieces",
+    [
+        ("<think>a\n < b</think>\n\nso ", ["a", "\n ", "< ", "b", "s", "o"]),
+        (f"a \n{CALL}\n{CALL} b", ["a", "f", "f", "  b"]),
+        (f"a\n{CALL[:-1]}", ["a", f"\n{CALL[:-1]}"]),
+        ("x\n<tool_call>{}</tool_call>", ["x", "\n<tool_call>{}</tool_call>"]),
+        ("if a <t or <tool b ", ["i", "f", " a", " <t", " o", "r", " <tool", " b"]),
+        ("2 <", ["2", " <"]),
+        (" \n ", []),
+    ],
+)
+def test_everything_is_said_as_soon_as_it_is_certain(script: str, pieces: list[str]):
+    """Of a model whose marks are no tokens."""
+    tokenizer, template = made(
+        FAMILIES["thinking"], tokenizer=lambda: byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    )
+    told = as_it_comes(template, [id for letter in script for id in tokenizer.encode(letter)])
+    assert [piece.call.name if piece.call else piece.text for piece in told] == pieces
+
+
+def test_what_looks_like_a_mark_need_not_wait_where_marks_are_tokens():
+    tokenizer, template = of("thinking")
+    told = as_it_comes(template, [id for letter in "a <tool_call>" for id in tokenizer.encode(letter)])
+    assert [piece.text for piece in told] == ["a", " <", *"tool_call>"]
+
+
+def test_whether_a_prompt_has_opened_thinking_is_seen_in_it():
+    _, template = of("bars")
+    asked = (Message("user", "x"),)
+    called = (*asked, Message("assistant", calls=(ToolCall("f", ""),)), Message("tool", "y"))
+    opened, plain = (template.render(turns, generate=True).ids for turns in (asked, called))
+    ids = template.render((*called, Message("assistant", "well"))).ids[len(plain) :]
+    assert template.parse(ids, opened) == template.parse(ids) == assistant(thinking="well")
+    assert template.parse(ids, plain) == assistant("well")
+
+
+def test_every_id_is_looked_at_once(monkeypatch):
+    """So that a turn takes time by its length."""
+    decoded = []
+    for tokenizer, template in ((TOKENIZER, TEMPLATE), of("thinking"), of("inst_first")):
+        ids = [*range(70, 90)] * 5
+        decoded.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer, "decode_bytes", lambda ids: decoded.extend(ids) or b"x")
+            assert joined(as_it_comes(template, ids)).content == "x" * 100
+        assert decoded == ids
