@@ -13,7 +13,6 @@ from llmlab.infer import engine_step as device
 from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
-from llmlab.infer.speculative import Ends
 from llmlab.model.transformer import make_model
 from tests.engine_for_tests import KINDS, assert_as_alone, model_of, run_schedule
 from tests.helpers import random_params
@@ -308,54 +307,3 @@ def test_sharded_parameters_and_cache_give_the_same():
     values = engine._device._main.state.layers[0]["k_BKSH"].values
     assert values.sharding.shard_shape(values.shape)[1] == model.config.K // 2
     assert_as_alone(kind, list(run_schedule(engine, np.random.default_rng(5), 8).values()))
-
-
-@pytest.mark.parametrize("kind", ["dense", "experts", "latent"])
-@pytest.mark.parametrize("drafted", [False, True], ids=["looked up", "drafted"])
-def test_guesses_change_nothing_but_the_number_of_steps(kind, drafted):
-    model, params = model_of(kind)
-    # A draft that is nearly the model: some of its guesses are wrong.
-    near = jax.tree.map(lambda leaf, other: leaf + 0.05 * other, params, random_params(model, seed=9))
-    draft = (model, near) if drafted else None
-    engine = Engine(model, params, dataclasses.replace(CONFIG, guesses=3), draft=draft)
-    done = []
-    for seed in range(3):
-        done += run_schedule(engine, np.random.default_rng(seed), 12).values()
-        assert engine.load["pages_used"] == 0
-    assert_as_alone(kind, done)
-    assert 0 < engine.right < engine.guessed
-
-
-def test_right_guesses_save_steps():
-    model, params = model_of("dense")
-    request = Request((1, 2, 3), 40, Sampling(temperature=1.0, seed=4))
-    steps = []
-    for draft in (None, (model, params)):
-        engine = Engine(model, params, dataclasses.replace(CONFIG, guesses=3), draft=draft)
-        engine.submit(request)
-        count = 0
-        while not engine.idle:
-            engine.step()
-            count += 1
-        steps.append(count)
-    # Whole guesses of three, each checked in a step that gives a token of its own; a last step sees that all is done.
-    assert steps[1] <= 12 < steps[0]
-
-
-def test_what_cannot_be_taken_back_is_not_guessed():
-    with pytest.raises(UserError, match="engine.guesses needs a model whose layers all look back"):
-        Engine(*model_of("mamba"), dataclasses.replace(CONFIG, guesses=2))
-    with pytest.raises(UserError, match="a draft model needs layers"):
-        Engine(*model_of("dense"), dataclasses.replace(CONFIG, guesses=2), draft=model_of("mamba"))
-
-
-def test_what_followed_before_is_looked_up():
-    assert Ends().after([1, 2, 3, 4, 5, 9, 2, 3, 4], 2) == [5, 9]
-    assert Ends().after([1, 2, 3, 7, 1, 2, 8, 1, 2], 3) == [8, 1, 2]  # the last time counts
-    assert Ends().after([1, 2, 9, 5, 1, 2, 3, 5, 1, 2], 1) == [3]
-    assert Ends().after([7, 1, 2, 9, 5, 1, 2, 3, 7, 1, 2], 1) == [9]  # more alike counts more
-    assert Ends().after([1, 2, 3], 3) == []
-    assert Ends().after([5, 5, 5, 5], 2) == [5]
-    growing, text = Ends(), np.random.default_rng(0).integers(3, size=200).tolist()
-    for length in range(1, 200, 3):
-        assert growing.after(text[:length], 4) == Ends().after(text[:length], 4)
