@@ -1,6 +1,8 @@
 """What tests of the engine share: models of every kind of cache, random schedules, and what each token should be."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmlab.core.arrays import named_key
+from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine
+from llmlab.infer.engine_step import Rows, applied, start
 from llmlab.infer.request import Event, Request, Sampling
 from llmlab.infer.sampling import filter_logits, penalties
 from llmlab.model.config import LatentConfig, ModelConfig
 from llmlab.model.routing import ExpertsConfig
 from llmlab.model.ssm import SsmConfig
-from llmlab.model.transformer import make_model
+from llmlab.model.transformer import make_model, unembed
+from llmlab.model.types import Model, Params
 from tests.helpers import VOCAB, random_params, tiny_llama
 
 KINDS: dict[str, ModelConfig] = {
@@ -30,6 +35,67 @@ KINDS: dict[str, ModelConfig] = {
 def model_of(kind: str) -> tuple[Any, Any]:
     model = make_model(KINDS[kind])
     return model, random_params(model)
+
+
+@functools.cache
+def logits_of(kind: str, int8: bool) -> Any:
+    """What gives logits_BTV of whole rows: without a cache, or from keys and values in 8 bits, read in one piece."""
+    model, params = model_of(kind)
+    if int8:
+        return lambda rows_BT: logits_in_pages(model, params, rows_BT, (), int8=True)
+    return functools.partial(jax.jit(model.logits), params)
+
+
+def logits_in_pages(
+    model: Model, params: Params, rows_BT: np.ndarray, cuts: Sequence[int], *, size: int = 4, int8: bool = False
+) -> np.ndarray:
+    """The logits of rows that are read piece by piece into pages, which lie anywhere."""
+    decoder, (B, T) = Decoder.of(model), rows_BT.shape
+    pages = -(-T // size) * B
+    table_BP = np.random.default_rng(0).permutation(pages).astype(np.int32).reshape(B, -1)
+    state = start(decoder, slots=B, pages=pages, size=size, int8=int8, vocab=model.config.vocab_size)
+    params, parts = ready(decoder, params), []
+    for begin, end in itertools.pairwise((0, *cuts, T)):
+        given: Any = (np.arange(B, dtype=np.int32), np.full(B, begin, np.int32), table_BP)
+        state, logits_BTV = _piece(decoder, params, state, Rows(*given), rows_BT[:, begin:end])
+        parts.append(np.asarray(logits_BTV))
+    return np.concatenate(parts, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _piece(decoder, params, state, rows, tokens_BT):
+    state, hidden_BTD = applied(decoder, params, state, rows, tokens_BT, jnp.full(len(tokens_BT), tokens_BT.shape[1]))
+    return state, unembed(hidden_BTD, decoder.head(params), decoder.softcap)
+
+
+class RandomLimit:
+    """At every place other tokens may come, a third of all; nothing after so many; every other time it is late."""
+
+    def __init__(self, seed: int, most: int):
+        self._seed, self._most = seed, most
+        self._written = self._asked = 0
+
+    def fresh(self) -> "RandomLimit":
+        return RandomLimit(self._seed, self._most)
+
+    def ready(self, within: float) -> bool:
+        self._asked += 1
+        return self._asked % 2 == 0
+
+    def mask(self, place: int) -> np.ndarray:
+        """bool [V]: which tokens may be written there."""
+        may_V = np.random.default_rng((self._seed, place)).random(VOCAB) < 1 / 3
+        may_V[0] = True
+        return may_V & (place < self._most)
+
+    def allowed(self) -> np.ndarray:
+        bits = np.zeros(-(-VOCAB // 32) * 32, bool)
+        bits[:VOCAB] = self.mask(self._written)
+        return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+    def accept(self, token: int) -> None:
+        assert self.mask(self._written)[token]
+        self._written += 1
 
 
 def random_request(rng: np.random.Generator) -> Request:
@@ -59,7 +125,9 @@ def random_request(rng: np.random.Generator) -> Request:
         )
     stop_ids = tuple(rng.integers(VOCAB, size=2).tolist()) if rng.random() < 0.5 else ()
     top = int(rng.choice([0, 3]))
-    return Request(tuple(prompt.tolist()), int(rng.integers(1, 24)), sampling, stop_ids, top)
+    limit = RandomLimit(int(rng.integers(2**32)), int(rng.integers(1, 30))) if rng.random() < 0.2 else None
+    scored = bool(rng.random() < 0.2)
+    return Request(tuple(prompt.tolist()), int(rng.integers(1, 24)), sampling, stop_ids, top, scored, limit)
 
 
 def run_schedule(engine: Engine, rng: np.random.Generator, requests: int) -> dict[int, tuple[Request, list[Event]]]:
@@ -72,7 +140,8 @@ def run_schedule(engine: Engine, rng: np.random.Generator, requests: int) -> dic
             request = random_request(rng)
             for copy, number in enumerate(engine.submit(request, n := min(left, int(rng.choice([1, 1, 3]))))):
                 sampling = Sampling(**vars(request.sampling) | {"seed": request.sampling.seed + copy})
-                events[number] = (Request(**vars(request) | {"sampling": sampling}), [])
+                scored = request.scored and copy == 0
+                events[number] = (Request(**vars(request) | {"sampling": sampling, "scored": scored}), [])
             left -= n
         if events and rng.random() < 0.05:
             number = int(rng.choice(list(events)))
@@ -85,38 +154,55 @@ def run_schedule(engine: Engine, rng: np.random.Generator, requests: int) -> dic
     return events
 
 
-def assert_as_alone(kind: str, done: list[tuple[Request, list[Event]]], tolerance: float = 1e-4) -> None:
+def assert_as_alone(
+    kind: str, done: list[tuple[Request, list[Event]]], tolerance: float = 1e-4, *, int8: bool = False
+) -> None:
     """Every token is what its request alone would get, up to `tolerance` of the perturbed logits."""
-    model, params = model_of(kind)
-    longest, size = model.config.max_positions, 32
-    logits = jax.jit(lambda p, rows: model.logits(p, rows))
+    longest, size = KINDS[kind].max_positions, 32
     for begin in range(0, len(done), size):
         rows_BT = np.zeros((size, longest), np.int32)
         for row, (request, events) in enumerate(done[begin : begin + size]):
-            ids = [*request.prompt, *(event.token for event in events)]
+            ids = [
+                *request.prompt,
+                *(event.token for event in events if not event.in_prompt and event.token is not None),
+            ]
             rows_BT[row, : len(ids)] = ids
-        logits_BTV = np.asarray(logits(params, rows_BT))
-        for row, (request, events) in enumerate(done[begin : begin + size]):
-            prompt = len(request.prompt)
-            assert events[-1].finish in ("stop", "length")
-            assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
-            tokens = [event.token for event in events]
-            assert len(events) == request.max_tokens or tokens[-1] in request.stop_ids
-            assert not any(token in request.stop_ids for token in tokens[:-1])
-            at_TV = logits_BTV[row, prompt - 1 : prompt - 1 + len(events)]
-            _assert_tokens(request, tokens, at_TV, tolerance)
-            logp_TV = np.asarray(jax.nn.log_softmax(at_TV))
-            for event, logp_V in zip(events, logp_TV, strict=True):
-                assert abs(event.logp - logp_V[event.token]) < 10 * tolerance
-                best = np.sort(logp_V)[::-1][: request.top]
-                np.testing.assert_allclose([logp for _, logp in event.top], best, atol=10 * tolerance)
-                assert all(abs(logp_V[id] - logp) < 10 * tolerance for id, logp in event.top)
+        logits_BTV = np.asarray(logits_of(kind, int8)(rows_BT))
+        for (request, events), logits_TV in zip(done[begin : begin + size], logits_BTV, strict=False):
+            _assert_request(request, events, logits_TV, tolerance)
+
+
+def _assert_request(request: Request, events: list[Event], logits_TV: np.ndarray, tolerance: float) -> None:
+    prompt = len(request.prompt)
+    given = [event for event in events if event.in_prompt]
+    assert given == events[: len(given)]
+    assert [event.token for event in given] == (list(request.prompt) if request.scored else [])
+    written = events[len(given) :]
+    assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
+    if events[-1].finish == "dead_end":
+        assert written.pop().token is None
+        assert not request.limit.mask(len(written)).any()
+    else:
+        assert events[-1].finish == ("stop" if events[-1].token in request.stop_ids else "length")
+        assert events[-1].finish == "stop" or len(written) == request.max_tokens
+    tokens = [event.token for event in written]
+    assert not any(token in request.stop_ids for token in tokens[:-1])
+    _assert_tokens(request, tokens, logits_TV[prompt - 1 :][: len(tokens)], tolerance)
+    logp_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+    if given:
+        assert given[0].logp is None
+    reported = [*zip(given[1:], logp_TV, strict=False), *zip(written, logp_TV[prompt - 1 :], strict=False)]
+    for event, logp_V in reported:
+        assert abs(event.logp - logp_V[event.token]) < 10 * tolerance
+        best = np.sort(logp_V)[::-1][: request.top]
+        np.testing.assert_allclose([logp for _, logp in event.top], best, atol=10 * tolerance)
+        assert all(abs(logp_V[id] - logp) < 10 * tolerance for id, logp in event.top)
 
 
 @jax.jit
-def _perturbed(logits_TV, in_prompt_TV, count_TV, seed, positions_T, settings, bias_V):
-    adjusted = penalties(logits_TV, in_prompt_TV, count_TV, **settings["penalties"]) + bias_V[None]
-    kept_TV = filter_logits(adjusted, **settings["filters"])
+def _perturbed(logits_TV, in_prompt_TV, count_TV, seed, positions_T, settings, bias_V, may_TV):
+    adjusted_TV = penalties(logits_TV, in_prompt_TV, count_TV, **settings["penalties"]) + bias_V[None]
+    kept_TV = filter_logits(jnp.where(may_TV, adjusted_TV, -jnp.inf), **settings["filters"])
     noise = jax.vmap(lambda p: jax.random.gumbel(named_key(seed, "sample", p), kept_TV.shape[-1:]))(positions_T)
     return jnp.where(settings["filters"]["temperature"] > 0, kept_TV + noise, kept_TV)
 
@@ -132,6 +218,9 @@ def _assert_tokens(request: Request, tokens: list[int], at_TV: np.ndarray, toler
     bias_V = np.zeros(VOCAB, np.float32)
     for id, value in s.bias.items():
         bias_V[id] = value
+    may_TV = np.ones((room, VOCAB), bool)
+    if request.limit is not None:
+        may_TV[:time] = [request.limit.mask(place) for place in range(time)]
     settings = {
         "penalties": {"repetition": s.repetition, "presence": s.presence, "frequency": s.frequency},
         "filters": {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "min_p": s.min_p},
@@ -147,6 +236,7 @@ def _assert_tokens(request: Request, tokens: list[int], at_TV: np.ndarray, toler
             positions_T,
             settings,
             bias_V,
+            may_TV,
         )
     )
     for place, token in enumerate(tokens):

@@ -14,8 +14,8 @@ from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
 from llmlab.model.transformer import make_model
-from tests.engine_for_tests import KINDS, assert_as_alone, model_of, run_schedule
-from tests.helpers import random_params
+from tests.engine_for_tests import KINDS, assert_as_alone, logits_in_pages, model_of, run_schedule
+from tests.helpers import VOCAB, random_params, relative
 
 CONFIG = EngineConfig(slots=4, page_size=4, pages=40, prefill=8)
 
@@ -38,6 +38,33 @@ def test_two_hundred_schedules(kind):
         done = run_schedule(engine, np.random.default_rng(1000 + seed), 10)
         assert engine.load["pages_used"] == 0
         assert_as_alone(kind, list(done.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "window", "latent"])
+def test_fifty_schedules_in_eight_bits(kind):
+    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, int8=True))
+    for seed in range(50):
+        done = run_schedule(engine, np.random.default_rng(2000 + seed), 10)
+        assert engine.load["pages_used"] == 0
+        # A rounding difference may turn a value into the next of 255, which moves logits by some thousandths.
+        assert_as_alone(kind, list(done.values()), 1e-2, int8=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("float64", 1e-12, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_from_pages_are_those_without_a_cache(kind, dtype, tolerance):
+    rows_BT = np.random.default_rng(0).integers(VOCAB, size=(4, 40)).astype(np.int32)
+    with jax.enable_x64(dtype == "float64"):
+        model = make_model(dataclasses.replace(KINDS[kind], dtype=dtype, param_dtype=dtype))
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), model_of(kind)[1])
+        expected_BTV = np.asarray(jax.jit(model.logits)(params, rows_BT))
+        # Pieces that begin and end inside of pages and of windows, and two tokens alone.
+        paged_BTV = logits_in_pages(model, params, rows_BT, (11, 12, 13, 24, 35))
+    assert paged_BTV.dtype == dtype
+    assert relative(paged_BTV, expected_BTV) < tolerance
 
 
 def alone(engine, request):
