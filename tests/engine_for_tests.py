@@ -1,5 +1,6 @@
 """What tests of the engine share: models of every kind of cache, random schedules, and what each token should be."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -152,6 +153,70 @@ def run_schedule(engine: Engine, rng: np.random.Generator, requests: int) -> dic
     for number in cancelled:
         assert events.pop(number)[1][-1].finish == "cancelled"
     return events
+
+
+def run_cancels(engine: Engine, rng: np.random.Generator, cancels: int) -> list[tuple[Request, list[Event]]]:
+    """So many requests are cancelled wherever they are; those that were spared, with their events.
+
+    The books are exact after every burst, and nothing is left two steps after everybody has gone.
+    """
+    spared = list[tuple[Request, list[Event]]]()
+    while cancels > 0:
+        asked = _submit_several(engine, rng)
+        gone, stay = set[int](), {number for number in asked if rng.random() < 0.1}
+
+        while here := _unended(asked) - gone - stay:
+            _step(engine, int(rng.integers(0, 4)), asked)
+            burst = rng.permutation(sorted(here & _unended(asked)))[: int(rng.choice([1, 1, 2, 5, 20]))].tolist()
+            assert all(engine.cancel(number) for number in burst)
+            assert not any(engine.cancel(number) for number in burst)
+            gone.update(burst)
+            assert_books(engine)
+        while _unended(asked) - gone:
+            _step(engine, 1, asked)
+        _step(engine, 2, asked)
+        assert engine.idle
+        assert engine.load == {"running": 0, "waiting": 0, "pages_used": 0, "pages": engine.pages.count}
+        assert_books(engine)
+        for number, (request, events) in asked.items():
+            assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
+            assert (events[-1].finish == "cancelled") == (number in gone)
+            if number not in gone and not request.scored:
+                spared.append((request, events))
+        cancels -= len(gone)
+    return spared
+
+
+def _step(engine: Engine, times: int, asked: dict[int, tuple[Request, list[Event]]]) -> None:
+    for event in [event for _ in range(times) for event in engine.step()]:
+        asked[event.number][1].append(event)
+
+
+def _unended(asked: dict[int, tuple[Request, list[Event]]]) -> set[int]:
+    return {number for number, (_, events) in asked.items() if not events or events[-1].finish is None}
+
+
+def _submit_several(engine: Engine, rng: np.random.Generator) -> dict[int, tuple[Request, list[Event]]]:
+    """Alone and as samples of one prompt, some to be scored; each with room for its events."""
+    asked: dict[int, tuple[Request, list[Event]]] = {}
+    for _ in range(int(rng.integers(2, 9))):
+        request, n = random_request(rng), int(rng.choice([1, 1, 3, 6]))
+        if n == 1 and rng.random() < 0.2:
+            request = dataclasses.replace(request, scored=True)
+        for copy, number in enumerate(engine.submit(request, n)):
+            sampling = dataclasses.replace(request.sampling, seed=request.sampling.seed + copy)
+            asked[number] = (dataclasses.replace(request, sampling=sampling), [])
+    return asked
+
+
+def assert_books(engine: Engine) -> None:
+    """Every slot is one request's or free, and every page has as many users as rows that hold it."""
+    running, pages = engine._running, engine.pages
+    assert sorted([*engine._free_slots, *(run.slot for run in running)]) == list(range(engine.config.slots))
+    users = np.bincount([page for run in running for page in run.pages], minlength=pages.count)
+    assert pages._users == users.tolist()
+    assert sorted([*pages._free, *pages._idle]) == np.flatnonzero(users == 0).tolist()
+    assert pages._idle.keys() <= pages._digest_of.keys() == set(pages._page_of.values())
 
 
 def assert_as_alone(

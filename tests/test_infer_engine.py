@@ -14,7 +14,7 @@ from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
 from llmlab.model.transformer import make_model
-from tests.engine_for_tests import KINDS, assert_as_alone, logits_in_pages, model_of, run_schedule
+from tests.engine_for_tests import KINDS, assert_as_alone, logits_in_pages, model_of, run_cancels, run_schedule
 from tests.helpers import VOCAB, random_params, relative
 
 CONFIG = EngineConfig(slots=4, page_size=4, pages=40, prefill=8)
@@ -65,6 +65,18 @@ def test_logits_from_pages_are_those_without_a_cache(kind, dtype, tolerance):
         paged_BTV = logits_in_pages(model, params, rows_BT, (11, 12, 13, 24, 35))
     assert paged_BTV.dtype == dtype
     assert relative(paged_BTV, expected_BTV) < tolerance
+
+
+def test_cancels_leave_nothing():
+    engine = Engine(*model_of("dense"), CONFIG)
+    assert_as_alone("dense", run_cancels(engine, np.random.default_rng(0), 150))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, guesses", [*((kind, 0) for kind in KINDS), ("dense", 3)])
+def test_ten_thousand_cancels_leave_nothing(kind, guesses):
+    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, guesses=guesses))
+    assert_as_alone(kind, run_cancels(engine, np.random.default_rng(1), 10_000))
 
 
 def alone(engine, request):

@@ -5,13 +5,14 @@ import contextlib
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
 from llmlab.infer.service import Closing, Failed, Overloaded, Service
-from tests.engine_for_tests import model_of
+from tests.engine_for_tests import assert_books, model_of, random_request
 
 CONFIG = EngineConfig(slots=2, page_size=16, prefill=32)
 LONG = Request((1, 2, 3), 50, Sampling(temperature=0.0))
@@ -95,6 +96,39 @@ def test_a_consumer_that_is_cancelled_frees_its_slot(service):
         await until(lambda: service.metrics.finished["cancelled"] == 2)
 
     asyncio.run(asked())
+
+
+@pytest.mark.parametrize("callers", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_callers_who_leave_take_everything_with_them(callers):
+    service = Service(Engine(*model_of("dense"), EngineConfig(slots=2, page_size=4, pages=20, prefill=8)), queue=20)
+    engine, rng, steps, patient = service._engine, np.random.default_rng(0), [], []
+    step = engine.step
+    engine.step = lambda: (step(), steps.append(engine.load))[0]
+
+    async def ask(patience):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                patient.append(await written(service, random_request(rng), n=int(rng.choice([1, 1, 2]))))
+
+    async def asked():
+        for _ in range(callers // 10):
+            async with asyncio.TaskGroup() as group:
+                for patience in (None, *rng.exponential(0.02, 9)):
+                    group.create_task(ask(patience))
+            seen = len(steps)
+            await until(lambda: engine.idle and not service._samples)
+            assert service.load == {"running": 0, "waiting": 0, "pages_used": 0, "pages": 20}
+            # The step that was under way when the last one left, and all after it.
+            assert all(load["running"] == load["waiting"] == load["pages_used"] == 0 for load in steps[seen + 1 :])
+        assert_books(engine)
+        assert service._admitted == len(service._tickets) == 0
+        await service.close()
+
+    asyncio.run(asked())
+    assert {finish for samples in patient for _, finish in samples.values()} == {"stop", "length"}
+    assert len(patient) >= callers // 10
+    assert service.metrics.finished["cancelled"] > callers / 4
+    assert service.metrics.finished.total() >= callers
 
 
 def test_closing_finishes_what_was_admitted():
