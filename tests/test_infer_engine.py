@@ -326,8 +326,10 @@ def test_pages_must_hold_a_row():
         Engine(*model_of("dense"), EngineConfig(slots=1, page_size=4, pages=15))
 
 
-def test_all_shapes_are_compiled_before_the_first_request():
-    engine = Engine(*model_of("dense"), CONFIG)
+@pytest.mark.parametrize("place", [lambda params: params, lambda params: jax.device_put(params, jax.devices()[1])])
+def test_all_shapes_are_compiled_before_the_first_request(place):
+    model, params = model_of("dense")
+    engine = Engine(model, place(params), CONFIG)
     seen = []
     shapes = engine.compile(lambda done, total: seen.append((done, total)))
     assert seen == [(n + 1, shapes) for n in range(shapes)]

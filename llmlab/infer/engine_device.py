@@ -55,7 +55,11 @@ class Device:
                 model = make_model(model.config, model.partition.with_whole_batch())
             decoder, vocab = Decoder.of(model), model.config.vocab_size
             state = engine_step.start(decoder, slots=slots, pages=pages, size=page_size, int8=int8, vocab=vocab)
-            return Loaded(decoder, ready(decoder, params), state)
+            params = ready(decoder, params)
+            if model.partition is None:
+                # Bound to the device, as what a step leaves is: the first step would else be compiled for itself alone.
+                state = jax.device_put(state, *jax.tree.leaves(params)[0].devices())
+            return Loaded(decoder, params, state)
 
         self._main, self._draft, self._guesses = load(model, params), None, guesses
         if guesses and not self._main.all_in_pages:
