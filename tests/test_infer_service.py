@@ -87,6 +87,24 @@ def test_a_full_queue_refuses_and_an_abandoned_request_gives_its_place_back(serv
     asyncio.run(asked())
 
 
+def test_a_place_is_held_before_it_is_known_for_what():
+    async def asked():
+        service = Service(Engine(*model_of("dense"), CONFIG), queue=2)
+        with service.admit(3) as ticket, service.admit(1) as other:
+            with pytest.raises(Overloaded):
+                service.admit(1)
+            with pytest.raises(UserError, match="64 positions"):
+                other.begin(Request((1,), 1000))
+            closing = asyncio.create_task(service.close())
+            await asyncio.sleep(0.02)
+            ticket.begin(LONG, n=3)
+            assert [event.finish async for _, event in ticket if event.finish] == ["length"] * 3
+            assert not closing.done()
+        await closing
+
+    asyncio.run(asked())
+
+
 def test_a_consumer_that_is_cancelled_frees_its_slot(service):
     async def asked():
         task = asyncio.create_task(written(service, LONG, n=2))

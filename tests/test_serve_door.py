@@ -1,5 +1,7 @@
 """Who gets in, who is turned away, and that whoever leaves takes nothing with them."""
 
+import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -59,10 +61,11 @@ def test_a_client_that_goes_away_frees_its_slot(server, stream):
 
 def test_who_comes_when_all_is_full_is_told_when_to_come_again(server):
     answers = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG)))
-        for _ in range(CONFIG.slots + 1)
-    ]
+
+    def ask():
+        answers.append(httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60))
+
+    threads = [threading.Thread(target=ask) for _ in range(CONFIG.slots + 1)]
     for thread in threads:
         thread.start()
     until(lambda: server.service.load["running"] + server.service.load["waiting"] == CONFIG.slots + 1)
@@ -75,6 +78,28 @@ def test_who_comes_when_all_is_full_is_told_when_to_come_again(server):
     for thread in threads:
         thread.join()
     assert [answer.status_code for answer in answers] == [200] * (CONFIG.slots + 1)
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("completions", {"prompt": "a"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("completions", {"prompt": [1], "response_format": {"type": "regex", "regex": "a+"}}),
+    ],
+)
+def test_who_is_refused_has_cost_nothing(server, monkeypatch, path, body):
+    model = server.models["tiny"]
+    monkeypatch.setattr(type(model.opened.tokenizer), "encode", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr("llmlab.serve.formats._limit", lambda *_: pytest.fail("compiled"))
+    with contextlib.ExitStack() as places:
+        asyncio.run(_take_all(places, model.service))
+        assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 429
+    until(lambda: at_rest(server.service))
+
+
+async def _take_all(places, service):
+    places.enter_context(service.admit(service.capacity))
 
 
 def test_keys(keyed):

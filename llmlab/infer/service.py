@@ -80,13 +80,15 @@ class _Sample:
 
 
 class Ticket:
-    """What was asked for: an async iterator of (index, event) of all samples, in the order in which they come.
+    """Places for `count` samples, and, once it is said what they go on from, an async iterator of (index, event) of all
+    of them, in the order in which they come.
 
-    It ends once every sample has. Leaving its `with` block cancels what is left.
+    It ends once every sample has. Leaving its `with` block cancels what is left, and gives the places back.
     """
 
     def __init__(self, service: "Service", count: int):
-        self._service, self._left = service, count
+        self._service, self.count, self._left = service, count, count
+        self.since, self.begun = time.monotonic(), False
         self._loop = asyncio.get_running_loop()
         self._came: asyncio.Queue[tuple[int, Event] | Failed] = asyncio.Queue()
         self.numbers: list[int] = []
@@ -99,6 +101,16 @@ class Ticket:
     ) -> None:
         self._service._leave(self, cancel=self._left > 0)
         self._left = 0
+
+    def begin(self, *requests: Request, n: int = 1) -> None:
+        """What the samples go on from, as `Service.submit` takes it; once.
+
+        Raises:
+          UserError: a request can never be run.
+          Failed: the engine has stopped.
+        """
+        assert len(requests) * n == self.count
+        self._service._order(self, requests, n)
 
     def drop(self, index: int) -> None:
         """Cancels one sample; its end comes as an event."""
@@ -149,20 +161,27 @@ class Service:
         """
         for request in requests:
             self._engine.check(request, n)
-        count = len(requests) * n
+        ticket = self.admit(len(requests) * n)
+        ticket.begin(*requests, n=n)
+        return ticket
+
+    def admit(self, count: int) -> Ticket:
+        """Places for `count` samples, taken before it is known what they are to go on from: whoever is refused has cost
+        nothing by then. The ticket's `begin` says it.
+
+        Raises:
+          Overloaded, Closing, Failed: as `submit` does.
+        """
         with self._changed:
-            if self._error is not None:
-                raise Failed(f"the engine has stopped: {self._error}") from self._error
+            self._check()
             if self._closing:
                 raise Closing("the server is shutting down")
             if self._admitted + count > self.capacity:
                 self.metrics.refused += count
                 raise Overloaded(max(0, self._admitted - self._slots), self._wait_seconds())
-            ticket, begun = Ticket(self, count), time.monotonic()
+            ticket = Ticket(self, count)
             self._admitted += count
             self._tickets.add(ticket)
-            self._orders.append(lambda: self._begin(ticket, requests, n, begun))
-            self._changed.notify()
         return ticket
 
     @property
@@ -197,7 +216,7 @@ class Service:
         """Whether there is some, with what was ordered done; False once the service is closed and idle."""
         with self._changed:
             while self._engine.idle and not self._orders:
-                if self._closing:
+                if self._closing and not self._admitted:
                     return False
                 self._changed.wait()
             orders, self._orders = self._orders, []
@@ -205,11 +224,24 @@ class Service:
             order()
         return True
 
-    def _begin(self, ticket: Ticket, requests: Sequence[Request], n: int, begun: float) -> None:
+    def _check(self) -> None:
+        if self._error is not None:
+            raise Failed(f"the engine has stopped: {self._error}") from self._error
+
+    def _order(self, ticket: Ticket, requests: Sequence[Request], n: int) -> None:
+        for request in requests:
+            self._engine.check(request, n)
+        with self._changed:
+            self._check()
+            ticket.begun = True
+            self._orders.append(lambda: self._begin(ticket, requests, n))
+            self._changed.notify()
+
+    def _begin(self, ticket: Ticket, requests: Sequence[Request], n: int) -> None:
         try:
             for request in requests:
                 for number in self._engine.submit(request, n):
-                    self._samples[number] = _Sample(ticket, len(ticket.numbers), begun)
+                    self._samples[number] = _Sample(ticket, len(ticket.numbers), ticket.since)
                     ticket.numbers.append(number)
                 self.metrics.prompt_tokens += len(request.prompt)
         except UserError as error:  # which concerns nobody else
@@ -225,9 +257,11 @@ class Service:
     def _leave(self, ticket: Ticket, *, cancel: bool) -> None:
         with self._changed:
             self._tickets.discard(ticket)
-            if cancel:
+            if not ticket.begun:
+                self._admitted -= ticket.count
+            elif cancel:
                 self._orders.append(lambda: self._cancel(ticket))
-                self._changed.notify()
+            self._changed.notify()
 
     def _cancel(self, ticket: Ticket, index: int | None = None) -> None:
         for number in ticket.numbers if index is None else ticket.numbers[index : index + 1]:

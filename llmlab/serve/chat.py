@@ -1,6 +1,5 @@
 """`/v1/chat/completions`: the next turn of a conversation."""
 
-import asyncio
 import bisect
 import dataclasses
 import time
@@ -25,6 +24,7 @@ from llmlab.serve.fields import Fields, fields_of
 from llmlab.serve.formats import limit_for
 from llmlab.serve.logprobs import Entry, Scores, for_chat
 from llmlab.serve.models import Served, chosen, events, limits_of
+from llmlab.serve.prompts import reading
 from llmlab.serve.sampling import SETTINGS, Asked, asked, room_for
 from llmlab.serve.sse import event_stream
 from llmlab.serve.tools import Declared, as_json, as_said, declared, described
@@ -46,6 +46,7 @@ async def chat(request: HttpRequest) -> Response:
     turns = conversation(as_said(fields.get("messages")))
     if tools:
         turns = described(turns, tools, template)
+    ticket = stack_of(request.scope).enter_context(model.service.admit(settings.n))
     prompt, most = await _prompt(fields, model, template, turns)
     sampling, tokenizer = settings.sampling, model.opened.tokenizer
     if fields.get("tool_choice") == "none" and "<|call|>" in tokenizer.control:
@@ -62,7 +63,7 @@ async def chat(request: HttpRequest) -> Response:
         top=fields.integer("top_logprobs", 0, 0, TOP),
         limit=await limit_for(fields.get("response_format"), lambda: model.structures(template.stop_ids)),
     )
-    ticket = stack_of(request.scope).enter_context(model.service.submit(like, n=settings.n))
+    ticket.begin(like, n=settings.n)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -233,12 +234,12 @@ async def _prompt(fields: Fields, model: Served, template: ChatTemplate, turns: 
         if len(turns) > TRIMMED_TURNS * model.reach:
             why = f"{len(turns):,} turns are more than can be trimmed for {model.reach:,} positions: send fewer"
             raise fields.wrong("messages", why, code="context_length_exceeded")
-        prompt = await asyncio.to_thread(trimmed, template, turns, room)
+        prompt = await reading(trimmed, template, turns, room)
         if not prompt:
             why = f"the last turn alone leaves no room in the model's {model.reach:,} positions: shorten it"
             raise fields.wrong("messages", why, code="context_length_exceeded")
     else:
-        prompt = (await asyncio.to_thread(template.render, turns, generate=True)).ids
+        prompt = (await reading(lambda: template.render(turns, generate=True))).ids
         if len(prompt) >= model.reach:
             why = f"{len(prompt):,} tokens fill the model's {model.reach:,} positions: shorten them, or set truncation"
             raise fields.wrong("messages", f"{why} to middle", code="context_length_exceeded")

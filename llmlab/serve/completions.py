@@ -19,7 +19,8 @@ from llmlab.serve.fields import Fields, fields_of
 from llmlab.serve.formats import limit_for
 from llmlab.serve.limits import Limits
 from llmlab.serve.logprobs import Entry, Scores, for_completions
-from llmlab.serve.models import Served, chosen, encoded, events, limits_of
+from llmlab.serve.models import Served, chosen, events, limits_of
+from llmlab.serve.prompts import ids_of, prompts_of
 from llmlab.serve.sampling import SETTINGS, Asked, asked, room_for
 from llmlab.serve.sse import event_stream
 
@@ -29,7 +30,7 @@ FIELDS = (*SETTINGS, "prompt", "suffix", "max_tokens", "echo", "logprobs", "best
 class _Wanted(NamedTuple):
     """What this endpoint asks beside the settings. samples: of each prompt, of which the best `n` are given."""
 
-    prompts: list[tuple[int, ...]]
+    prompts: list[str | list[int]]
     echo: bool
     logprobs: int | None
     samples: int
@@ -39,11 +40,13 @@ async def completions(request: HttpRequest) -> Response:
     """The endpoint."""
     fields, limits = await fields_of(request, FIELDS), limits_of(request)
     model = chosen(request, fields)
-    settings, wanted = asked(fields, model, limits), await _wanted(fields, model, limits)
-    tokenizer = model.opened.tokenizer
+    settings, wanted = asked(fields, model, limits), _wanted(fields, model, limits)
+    bos, tokenizer = fields.flag("add_special_tokens", True), model.opened.tokenizer
+    ticket = stack_of(request.scope).enter_context(model.service.admit(len(wanted.prompts) * wanted.samples))
+    prompts = await ids_of(wanted.prompts, model, bos=bos)
     limit = await limit_for(fields.get("response_format"), lambda: model.structures((tokenizer.eos_id,)))
     requests = []
-    for prompt in wanted.prompts:
+    for prompt in prompts:
         most = room_for(fields, "max_tokens", 16, model, len(prompt))
         if not most and wanted.samples > 1:
             raise fields.wrong("n", "max_tokens=0 scores a prompt, which is the same for all samples: ask for 1")
@@ -58,7 +61,7 @@ async def completions(request: HttpRequest) -> Response:
             scored=wanted.echo,
         )
         requests.append(like if limit is None else dataclasses.replace(like, limit=limit.fresh()))
-    ticket = stack_of(request.scope).enter_context(model.service.submit(*requests, n=wanted.samples))
+    ticket.begin(*requests, n=wanted.samples)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -66,10 +69,10 @@ async def completions(request: HttpRequest) -> Response:
         "model": model.name,
         "system_fingerprint": f"step-{model.opened.step}",
     }
-    pieces = _pieces(ticket, model, settings, wanted, limits.seconds)
+    pieces, length = _pieces(ticket, model, settings, wanted, limits.seconds), sum(map(len, prompts))
     if settings.stream:
-        return event_stream(_chunks(pieces, head, model, settings, wanted))
-    return Json(head | await _whole(pieces, model, settings, wanted))
+        return event_stream(_chunks(pieces, head, model, settings, wanted, length))
+    return Json(head | await _whole(pieces, model, settings, wanted, length))
 
 
 class _Piece(NamedTuple):
@@ -146,7 +149,7 @@ async def _pieces(
 
 
 async def _chunks(
-    pieces: AsyncIterator[_Piece], head: dict[str, Any], model: Served, settings: Asked, wanted: _Wanted
+    pieces: AsyncIterator[_Piece], head: dict[str, Any], model: Served, settings: Asked, wanted: _Wanted, length: int
 ) -> AsyncIterator[dict[str, Any]]:
     written = 0
     usage: dict[str, Any] = {"usage": None} if settings.usage else {}
@@ -155,10 +158,12 @@ async def _chunks(
         if piece.text or piece.entries or piece.finish:
             yield head | {"choices": [_choice(piece.choice, piece, model, wanted)]} | usage
     if settings.usage:
-        yield head | {"choices": [], "usage": usage_of(sum(map(len, wanted.prompts)), written)}
+        yield head | {"choices": [], "usage": usage_of(length, written)}
 
 
-async def _whole(pieces: AsyncIterator[_Piece], model: Served, settings: Asked, wanted: _Wanted) -> dict[str, Any]:
+async def _whole(
+    pieces: AsyncIterator[_Piece], model: Served, settings: Asked, wanted: _Wanted, length: int
+) -> dict[str, Any]:
     count = len(wanted.prompts) * wanted.samples
     whole = [_Piece(index, "", [], None, 0) for index in range(count)]
     async for piece in pieces:
@@ -174,7 +179,7 @@ async def _whole(pieces: AsyncIterator[_Piece], model: Served, settings: Asked, 
         best += sorted(group, key=lambda piece: -_mean(piece))[: settings.n] if wanted.samples > settings.n else group
     return {
         "choices": [_choice(index, piece, model, wanted) for index, piece in enumerate(best)],
-        "usage": usage_of(sum(map(len, wanted.prompts)), written),
+        "usage": usage_of(length, written),
     }
 
 
@@ -193,14 +198,14 @@ def _mean(piece: _Piece) -> float:
     return piece.logp / piece.tokens if piece.tokens else float("-inf")
 
 
-async def _wanted(fields: Fields, model: Served, limits: Limits) -> _Wanted:
+def _wanted(fields: Fields, model: Served, limits: Limits) -> _Wanted:
     if "suffix" in fields:
         raise fields.wrong("suffix", "models here write what follows a prompt, not what stands between two")
     n, stream = fields.integer("n", 1, 1, limits.n), fields.flag("stream")
     samples = fields.integer("best_of", n, n, min(limits.n, model.service.capacity))
     if stream and samples > n:
         raise fields.wrong("best_of", "the best can be known at the end only: leave stream out")
-    prompts = await prompts_of(fields, "prompt", model, limits, bos=fields.flag("add_special_tokens", True))
+    prompts = prompts_of(fields, "prompt", model, limits)
     if len(prompts) * samples > model.service.capacity:
         most = model.service.capacity
         raise fields.wrong("prompt", f"{len(prompts)} prompts of {samples} samples are more than {most}: send fewer")
@@ -208,27 +213,3 @@ async def _wanted(fields: Fields, model: Served, limits: Limits) -> _Wanted:
     if fields.get("logprobs") is not None and fields.get("logprobs") is not False:
         logprobs = 1 if fields.get("logprobs") is True else fields.integer("logprobs", 0, 0, TOP)
     return _Wanted(prompts, fields.flag("echo"), logprobs, samples)
-
-
-async def prompts_of(fields: Fields, name: str, model: Served, limits: Limits, *, bos: bool) -> list[tuple[int, ...]]:
-    """Each as ids: a string, a list of them, a list of ids, or a list of these. `bos` begins those that are text."""
-    given = fields.get(name)
-    given = "" if given is None else given
-    several = isinstance(given, list) and not all(_is_id(item) for item in given)
-    values = given if several else [given]
-    if not 1 <= len(values) <= limits.prompts:
-        raise fields.wrong(name, f"{len(values)} of them should be from 1 to {limits.prompts}")
-    vocab = model.opened.model.config.vocab_size
-    prompts = []
-    for value in values:
-        if isinstance(value, str):
-            prompts.append(await encoded(model, value, bos=bos or not value))
-        elif isinstance(value, list) and value and all(_is_id(id) and 0 <= id < vocab for id in value):
-            prompts.append(tuple(value))
-        else:
-            raise fields.wrong(name, f"give text, ids from 0 to {vocab - 1}, or a list of either; none empty")
-    return prompts
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,16 +1,18 @@
 """`/v1/embeddings`: texts as vectors."""
 
-import asyncio
 import base64
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llmlab.serve.completions import prompts_of
+from llmlab.serve.beside import Beside
 from llmlab.serve.errors import Json
 from llmlab.serve.fields import fields_of
 from llmlab.serve.models import chosen, limits_of
+from llmlab.serve.prompts import ids_of, prompts_of
+
+_vectors = Beside("vectors")  # one text at a time: beside it the engine goes on
 
 
 async def embeddings(request: HttpRequest) -> Response:
@@ -20,13 +22,12 @@ async def embeddings(request: HttpRequest) -> Response:
     if "dimensions" in fields:
         raise fields.wrong("dimensions", f"vectors here have {model.embedder.size} numbers: leave it out")
     form = fields.choice("encoding_format", "float", ("float", "base64"))
-    texts = await prompts_of(fields, "input", model, limits_of(request), bos=True)
+    texts = await ids_of(prompts_of(fields, "input", model, limits_of(request)), model, bos=True)
     for ids in texts:
         model.embedder.check(ids)
     data: list[dict[str, Any]] = []
     for index, ids in enumerate(texts):
-        async with model.embedding:  # one at a time: beside it the engine goes on
-            vector_D = (await asyncio.to_thread(model.embedder.of_ids, [ids]))[0]
+        vector_D = (await _vectors(model.embedder.of_ids, [ids]))[0]
         shown = vector_D.tolist() if form == "float" else base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": index, "embedding": shown})
     count = sum(map(len, texts))

@@ -1,17 +1,15 @@
 """What form an answer must have."""
 
-import asyncio
-import concurrent.futures
 from collections.abc import Callable
 from typing import Any
 
 from llmlab.core.errors import UserError
 from llmlab.infer.request import Limit
 from llmlab.infer.structured import Structures
+from llmlab.serve.beside import Beside
 from llmlab.serve.errors import ApiError
 
-# One at a time, and not among the threads that encode texts: a form may take seconds.
-_compiling = concurrent.futures.ThreadPoolExecutor(1, "forms")
+_compiling = Beside("forms")  # one at a time, each of which may take seconds
 FORMS = ("text", "json_object", "json_schema", "regex", "grammar")
 
 
@@ -41,7 +39,7 @@ async def limit_for(response_format: Any, structures: Callable[[], Structures]) 
         where = "json_schema.schema" if kind == "json_schema" else kind
         raise _wrong(f"{where} is missing, or of another type")
     try:
-        return await asyncio.get_running_loop().run_in_executor(_compiling, _limit, structures, kind, given)
+        return await _compiling(_limit, structures, kind, given)
     except UserError as error:
         raise _wrong(str(error)) from None
 

@@ -35,7 +35,6 @@ class Served(NamedTuple):
     created: int
     longest_token: int
     embedder: Embedder
-    embedding: asyncio.Lock
     structures: Callable[[tuple[int, ...]], Structures]
 
     @property
@@ -55,7 +54,7 @@ def served(name: str, opened: Opened, service: Service, preferences: str) -> Ser
     vocab_size = opened.model.config.vocab_size
     structures = functools.cache(lambda stop_ids: Structures(opened.tokenizer, vocab_size, stop_ids))
     created = int(time.time())
-    parts = (preferences, created, longest, embedder, asyncio.Lock(), structures)
+    parts = (preferences, created, longest, embedder, structures)
     return Served(name, opened, service, template, *parts)
 
 
@@ -72,15 +71,6 @@ def chosen(request: HttpRequest, fields: Fields) -> Served:
 def limits_of(request: HttpRequest) -> Limits:
     """What one request may ask for."""
     return request.app.state.limits
-
-
-async def encoded(model: Served, text: str, *, bos: bool) -> tuple[int, ...]:
-    """The ids of a text. One that is far too long is refused unread; another is encoded beside the event loop."""
-    if len(text) > model.reach * model.longest_token:
-        message = f"a text of {len(text):,} characters is longer than the model's {model.reach:,} positions: shorten it"
-        raise ApiError(400, message, code="context_length_exceeded")
-    ids = await asyncio.to_thread(model.opened.tokenizer.encode, text)
-    return (model.opened.tokenizer.bos_id, *ids) if bos else tuple(ids)
 
 
 async def events(ticket: Ticket, seconds: float) -> AsyncIterator[tuple[int, Event]]:

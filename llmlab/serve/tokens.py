@@ -1,11 +1,10 @@
 """`/tokenize`, `/detokenize` and `/tokenizer_info`: what a model reads."""
 
-import asyncio
-
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from llmlab.data.rows import conversation
+from llmlab.serve.beside import Beside
 from llmlab.serve.chat import template_of
 from llmlab.serve.errors import Json
 from llmlab.serve.fields import fields_of
@@ -14,6 +13,7 @@ from llmlab.serve.models import Served, chosen
 from llmlab.serve.tools import as_said
 
 _MOST = 2**20
+_spelling = Beside("spelling")
 
 
 async def tokenize(request: HttpRequest) -> Response:
@@ -23,12 +23,12 @@ async def tokenize(request: HttpRequest) -> Response:
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
     if "messages" in fields:
         template, turns = template_of(model), conversation(as_said(fields.get("messages")))
-        return await asyncio.to_thread(lambda: _shown(template.render(turns, generate=opens).ids, model))
+        return await _spelling(lambda: _shown(template.render(turns, generate=opens).ids, model))
     text = fields.text("prompt")
     if len(text) > _MOST:
         raise fields.wrong("prompt", f"it should be at most {_MOST:,} characters")
     first = [model.opened.tokenizer.bos_id] if bos or not text else []
-    return await asyncio.to_thread(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
+    return await _spelling(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
 
 
 async def detokenize(request: HttpRequest) -> Response:
@@ -44,7 +44,7 @@ async def detokenize(request: HttpRequest) -> Response:
             raise fields.wrong("tokens", f"it should be a list of ids, from 0 to {vocab - 1}")
         return Json({"prompt": model.opened.tokenizer.decode(ids)})
 
-    return await asyncio.to_thread(spelt_out)
+    return await _spelling(spelt_out)
 
 
 async def tokenizer_info(request: HttpRequest) -> Response:
