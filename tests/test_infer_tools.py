@@ -1,8 +1,12 @@
 """Tools from functions: the schema a model is shown, what it is told when a call is wrong, and nothing that raises."""
 
+import dataclasses
 import functools
 import json
+import signal
 import sys
+import threading
+import time
 from typing import Any, Literal, Optional
 
 import pytest
@@ -171,6 +175,34 @@ def test_what_a_function_gives_or_raises_is_an_answer():
     assert say("other") == "error: KeyError: 'other'"
     assert say("long").startswith("aaa")
     assert say("long").endswith("… (5,003 characters are left out) …" + "a" * (MAX_RESULT // 4 - 3) + "end")
+
+
+def test_a_function_that_hangs_is_stopped():
+    def hang(seconds: float):
+        """Sleeps."""
+        time.sleep(seconds)
+
+    alarms = []
+    before = signal.signal(signal.SIGALRM, lambda *_: alarms.append(1))
+    left = signal.setitimer(signal.ITIMER_REAL, 30)
+    try:
+        say = dataclasses.replace(tool(hang), seconds=0.05)
+        assert say('{"seconds": 30}') == "error: TimeoutError: stopped after 0.05 seconds"
+        assert say('{"seconds": 0}') == "done"
+        time.sleep(0.1)
+        assert not alarms
+        assert 25 < signal.getitimer(signal.ITIMER_REAL)[0] <= 30
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, *left)
+
+
+def test_a_function_may_be_called_from_any_thread():
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(given(x=int)('{"x": 3}')))
+    thread.start()
+    thread.join()
+    assert answers == ["{'x': 3}"]
 
 
 def no_type(x):

@@ -2,17 +2,21 @@
 
 A signature and a docstring become a JSON schema; a call's arguments, a JSON object or the bare string that a tool of
 one string takes, become keyword arguments. What is wrong with a call is an answer for the model, after `error: `. A
-registered function runs in this process, with the user's rights: only `python`, whose code is the model's, is shut in.
+registered function runs in this process, with the user's rights, for a minute at most: only `python`, whose code is the
+model's, is shut in.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import inspect
 import json
 import re
+import signal
+import threading
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +27,7 @@ from llmlab.data.tools import TOOLS
 MAX_RESULT = 4000  # characters: a model's positions are few
 HARMLESS = ("calculator", "lookup")
 SECONDS = 5.0
+PATIENCE = 60.0
 
 Schema = dict[str, Any]
 
@@ -31,13 +36,15 @@ Schema = dict[str, Any]
 class FunctionTool:
     """A function that a model may call. As `Callable[[str], str]` it takes a call's arguments, and never raises.
 
-    parameters: the JSON schema of an object, in the part of it that `schema_of` writes.
+    parameters: the JSON schema of an object, in the part of it that `schema_of` writes. seconds: after which the
+    function is stopped, by a TimeoutError where it is; only where the main thread calls it.
     """
 
     name: str
     description: str
     parameters: Schema
     run: Callable[..., Any]
+    seconds: float = PATIENCE
 
     def __call__(self, arguments: str) -> str:
         try:
@@ -45,7 +52,8 @@ class FunctionTool:
         except _Wrong as wrong:
             return f"error: {wrong}"
         try:
-            return _cut(_text(self.run(**given)))
+            with _within(self.seconds):
+                return _cut(_text(self.run(**given)))
         except (Exception, SystemExit) as error:  # Whatever a tool cannot do is an answer, for the model to deal with.
             return _cut(f"error: {type(error).__name__}: {error}")
 
@@ -221,6 +229,26 @@ _WORDS = {
     "null": "null",
 }
 _PYTHON = {name: kind for kind, name in _TYPES.items()}
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in what takes longer. An alarm set before is put off for as long."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"stopped after {seconds:g} seconds")
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    alarm = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *alarm)
 
 
 def _fitting(value: Any, schema: Schema, where: str) -> Any:
