@@ -22,7 +22,8 @@ TEXT = ["the quick brown fox jumps over the lazy dog, user assistant system tool
 
 
 class Family(NamedTuple):
-    """plain: markers that are no tokens. allows: among system, tool, call, thinking, free (turns in any order).
+    """plain: markers that are no tokens. allows: among system, tool, call, single (call in a turn, and no text beside
+    it), thinking, free (turns in any order), told (of tools).
 
     same: takes out what decoding does not give back. decode: whether arguments of calls are given as objects.
     """
@@ -231,6 +232,12 @@ def _thinking(conversation: Sequence[Message], generate: bool, opened: str = "")
 
 
 _THINKING = """
+{%- if tools %}
+    {{- '<|im_start|>system\\n' + (messages[0].content + '\\n\\n' if messages[0].role == 'system' else '') }}
+    {{- 'You have these tools:\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + tool | tojson }}{%- endfor %}
+    {{- '\\n</tools>\\nTo call one:\\n<tool_call>\\n{"name": ..., "arguments": ...}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- if message.role == 'user' and not message.content.startswith('<tool_response>') %}
@@ -262,7 +269,7 @@ _THINKING = """
         {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
         {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
         {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
-    {%- else %}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
         {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -277,7 +284,7 @@ THINKING = Family(
     ),
     {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     _thinking,
-    ("system", "tool", "call", "thinking", "free"),
+    ("system", "tool", "call", "thinking", "free", "told"),
     end="<|im_end|>",
 )
 OPENED = THINKING._replace(  # the prompt for an answer begins its thinking
@@ -332,35 +339,121 @@ def _bars(conversation: Sequence[Message], generate: bool) -> Parts:
         elif turn.role == "tool":
             parts.append((f"⟦<｜output｜>⟧{turn.content}⟦<｜/output｜>⟧", False))
         else:
-            calls = (f"⟦<｜call｜>⟧{call.name}⟦<｜sep｜>⟧{call.arguments}⟦<｜/call｜>⟧" for call in turn.calls)
+            calls = "".join(f"⟦<｜call｜>⟧{call.name}⟦<｜sep｜>⟧{call.arguments}⟦<｜/call｜>⟧" for call in turn.calls)
+            calls = f"⟦<｜calls｜>⟧{calls}⟦<｜/calls｜>⟧" if calls else ""
             parts += [("" if after_tool else "⟦<｜Assistant｜>⟧", False)]
-            parts += [(f"{turn.content}{''.join(calls)}⟦</s>⟧", True)]
+            parts += [(f"{turn.content}{calls}⟦</s>⟧", True)]
     if generate and conversation[-1].role != "tool":
         parts.append(("⟦<｜Assistant｜>⟧⟦<think>⟧\n", False))
     return parts
 
 
+_BARS = ("User", "Assistant", "output", "/output", "calls", "call", "sep", "/call", "/calls")
 BARS = Family(
     "bars",
-    "{{ bos_token }}{% set ns = namespace(tool=false) %}{% for message in messages %}"
+    "{{ bos_token }}{% for tool in tools or [] %}{{ '## ' + tool.function.name + '\n' + tool.function.description }}"
+    "{{ '\n' + tool.function.parameters | tojson + '\n' }}{% endfor %}"
+    "{% set ns = namespace(tool=false) %}{% for message in messages %}"
     "{% if message.role == 'system' %}{{ message.content }}"
     "{% elif message.role == 'user' %}{% set ns.tool = false %}{{ '<｜User｜>' + message.content }}"
     "{% elif message.role == 'tool' %}{% set ns.tool = true %}{{ '<｜output｜>' + message.content + '<｜/output｜>' }}"
     "{% else %}{% if not ns.tool %}{{ '<｜Assistant｜>' }}{% endif %}{% set ns.tool = false %}"
-    "{{ message.content.split('</think>')[-1] }}{% for call in message.tool_calls or [] %}"
+    "{{ message.content.split('</think>')[-1] }}{% if message.tool_calls %}{{ '<｜calls｜>' }}"
+    "{% for call in message.tool_calls %}"
     "{{ '<｜call｜>' + call.function.name + '<｜sep｜>' + call.function.arguments + '<｜/call｜>' }}{% endfor %}"
-    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ '<｜/calls｜>' }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜><think>\n' }}{% endif %}",
     lambda: byte_level(
         ["<s>", "</s>"],
-        [f"<｜{name}｜>" for name in ("User", "Assistant", "output", "/output", "call", "sep", "/call")]
-        + ["<think>", "</think>"],
+        [f"<｜{name}｜>" for name in _BARS] + ["<think>", "</think>"],
     ),
     {"bos_token": "<s>", "eos_token": "</s>"},
     _bars,
-    ("system", "tool", "call", "free"),
+    ("system", "tool", "call", "free", "told"),
     end="</s>",
     decode=False,
+)
+
+
+def _objects(conversation: Sequence[Message], generate: bool) -> Parts:
+    """A call is a JSON object and nothing else."""
+    turns = []
+    for turn in conversation:
+        if turn.calls:
+            given = json.dumps(json.loads(turn.calls[0].arguments), ensure_ascii=False)
+            turns.append(Message("assistant", f'{{"name": "{turn.calls[0].name}", "parameters": {given}}}'))
+        else:
+            turns.append(turn)
+    return [(text.replace("⟧tool⟦", "⟧ipython⟦"), said) for text, said in _llama3(turns, generate)]
+
+
+OBJECTS = LLAMA3._replace(
+    name="objects",
+    template="""
+{{- bos_token }}
+{%- set ns = namespace(told=not tools) %}
+{%- for message in messages %}
+    {%- set role = 'ipython' if message.role == 'tool' else message.role %}
+    {{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.tool_calls %}
+        {%- if message.tool_calls | length > 1 %}{{- raise_exception('one call at a time') }}{%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}' }}
+    {%- else %}
+        {%- if message.role == 'user' and not ns.told %}
+            {%- set ns.told = true %}
+            {{- 'To call one of these, answer {"name": ..., "parameters": ...}.\\n\\n' }}
+            {%- for tool in tools %}{{- tool | tojson(indent=4) + '\\n\\n' }}{%- endfor %}
+        {%- endif %}
+        {{- message.content | trim }}
+    {%- endif %}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}""",
+    expected=_objects,
+    allows=("system", "tool", "call", "single", "free", "told"),
+)
+
+
+def _listed(conversation: Sequence[Message], generate: bool) -> Parts:
+    parts: Parts = [("⟦<s>⟧", False)]
+    calls = results = 0
+    for turn in conversation:
+        if turn.role == "user":
+            parts.append((f"⟦[INST]⟧{turn.content}⟦[/INST]⟧", False))
+        elif turn.role == "tool":
+            text = f'{{"content": {turn.content}, "call_id": "call{results:05}"}}'
+            parts.append((f"⟦[TOOL_RESULTS]⟧{text}⟦[/TOOL_RESULTS]⟧", False))
+            results += 1
+        else:
+            listed = []
+            for call in turn.calls:
+                given = json.dumps(json.loads(call.arguments), ensure_ascii=False)
+                listed.append(f'{{"name": "{call.name}", "arguments": {given}, "id": "call{calls:05}"}}')
+                calls += 1
+            text = f"⟦[TOOL_CALLS]⟧[{', '.join(listed)}]" if listed else ""
+            parts.append((f"{turn.content}{text}⟦</s>⟧", True))
+    return parts
+
+
+_LISTED = ("INST", "/INST", "AVAILABLE_TOOLS", "/AVAILABLE_TOOLS", "TOOL_CALLS", "TOOL_RESULTS", "/TOOL_RESULTS")
+LISTED = Family(
+    "listed",
+    "{{ bos_token }}{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}"
+    "{% for message in messages %}{% if message.role == 'user' %}{% if tools and message == asked[-1] %}"
+    "{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}"
+    "{{ '[INST]' + message.content + '[/INST]' }}"
+    "{% elif message.role == 'tool' %}{{ '[TOOL_RESULTS]{\"content\": ' + message.content + ', \"call_id\": \"' + "
+    "message.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+    "{% else %}{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ ('[TOOL_CALLS][' if loop.first else ', ') + '{\"name\": \"' + call.function.name + '\", \"arguments\": ' + "
+    "call.function.arguments | tojson + ', \"id\": \"' + call.id + '\"}' + (']' if loop.last else '') }}{% endfor %}"
+    "{{ eos_token }}{% endif %}{% endfor %}",
+    lambda: byte_level(["<s>", "</s>", *(f"[{name}]" for name in _LISTED)]),
+    {"bos_token": "<s>", "eos_token": "</s>"},
+    _listed,
+    ("tool", "call", "told"),
+    end="</s>",
 )
 
 
@@ -394,7 +487,7 @@ FAMILIES = {
     family.name: family
     for family in (
         *(CHATML, LLAMA3, inst("first"), inst("prepend"), inst("replace")),
-        *(GEMMA, THINKING, OPENED, STRIPPING, BARS, LATE),
+        *(GEMMA, THINKING, OPENED, STRIPPING, BARS, OBJECTS, LISTED, LATE),
     )
 }
 
@@ -427,6 +520,17 @@ def said(tokenizer: ImportedTokenizer, rendered: Rendered) -> str:
     return spelt(tokenizer, (id for id, mask in zip(rendered.ids, rendered.mask, strict=True) if mask))
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "finds é <|im_end|> </s> <tool_call>",
+            "parameters": {"type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]},
+        },
+    }
+    for name in ("search", "calculator")
+]
 HELLO = (Message("user", "hello"), Message("assistant", "hi"))
 BLANKS = (" ", "  ", "\n", "\n\n", "\n\n\n", "\t", "\r\n")
 WORDS = ("the quick fox", "user", "assistant\n", "é", "漢字", "\U0001f642", "a" * 9, "\u2581", "<", "|>", "[", '"}')
@@ -463,8 +567,10 @@ def conversations(draw: st.DrawFn, allows: Sequence[str], markers: Sequence[str]
 @st.composite
 def _assistant(draw: st.DrawFn, allows: Sequence[str], text: st.SearchStrategy[str]) -> Message:
     thinking = draw(text) if "thinking" in allows and draw(st.booleans()) else ""
-    calls = draw(st.lists(_calls(text), max_size=2)) if "call" in allows and draw(st.booleans()) else []
-    return Message("assistant", draw(text), thinking, tuple(calls), train=draw(st.integers(0, 3)) > 0)
+    most = 1 if "single" in allows else 2
+    calls = draw(st.lists(_calls(text), max_size=most)) if "call" in allows and draw(st.booleans()) else []
+    content = "" if "single" in allows and calls else draw(text)
+    return Message("assistant", content, thinking, tuple(calls), train=draw(st.integers(0, 3)) > 0)
 
 
 def _calls(text: st.SearchStrategy[str]) -> st.SearchStrategy[ToolCall]:

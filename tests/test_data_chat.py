@@ -185,3 +185,17 @@ def test_an_example_comes_back_as_it_was_written(responses, kind):
     example = Example((*judged, Response(steps)), kind)
     assert Example.loads(example.dumps()) == example
     assert json.loads(example.dumps())[-1] == kind
+
+
+def test_tools_stand_in_the_turn_of_the_system_but_for_those_that_our_assistants_know(bpe, template):
+    def entry(name: str) -> dict:
+        return {"type": "function", "function": {"name": name, "description": "é<|end|>", "parameters": {}}}
+
+    assert template.with_tools([entry("calculator")]).render(HELLO) == template.render(HELLO)
+    told = template.with_tools([entry("calculator"), entry("f")])
+    lines = [f'{{"name": "{name}", "description": "é<|end|>", "parameters": {{}}}}' for name in ("calculator", "f")]
+    text = "\n".join(["You may call these tools:", *lines])
+    assert told.render(HELLO) == template.render((Message("system", text), *HELLO))
+    system = Message("system", "be kind")
+    assert told.render((system, *HELLO)) == template.render((Message("system", f"be kind\n\n{text}"), *HELLO))
+    assert told.fingerprint != template.fingerprint

@@ -12,10 +12,10 @@ pytest.importorskip("tokenizers", reason="the extra hf installs it")
 pytest.importorskip("jinja2", reason="the extra hf installs it")
 
 from llmlab.core.errors import UserError
-from llmlab.data.chat import Message, Step, ToolCall
+from llmlab.data.chat import Message, Step, ToolCall, joined, prompt_of
 from llmlab.data.chat_imported import as_dicts
 from llmlab.data.tokenizer_imported import ImportedTokenizer
-from tests.chat_families import FAMILIES, HELLO, Family, byte_level, conversations, made, of, said, spelt
+from tests.chat_families import FAMILIES, HELLO, TOOLS, Family, byte_level, conversations, made, of, said, spelt
 
 
 def markers(family: Family, tokenizer: ImportedTokenizer) -> list[str]:
@@ -105,9 +105,16 @@ def test_what_was_said_is_read_again(name: str):
     _, template = of(name)
     prompt = template.render(HELLO[:1], generate=True).ids
     message = HELLO[1]._replace(content='a <b> "c"\n\nd')
-    if name in ("thinking", "opened"):
+    allows = FAMILIES[name].allows
+    if "thinking" in allows:
+        message = message._replace(thinking="so <think>\n so")
+    if "call" in allows:
         call = ToolCall("search", '{"q": "é </tool_call>"}')
-        message = message._replace(thinking="so <think>\n so", calls=(call, call._replace(arguments="{}")))
+        message = message._replace(calls=(call, call._replace(arguments="{}")))
+        template = template.with_tools(TOOLS)
+        prompt = template.render(HELLO[:1], generate=True).ids
+    if "single" in allows:
+        message = message._replace(content="", calls=message.calls[:1])
     rendered = template.render((HELLO[0], message))
     start = rendered.mask.index(1)
     assert rendered.ids[:start] == prompt[:start]
@@ -231,7 +238,9 @@ def test_results_that_a_template_passes_over_are_refused():
 def test_arguments_are_text_where_a_template_takes_no_objects():
     tokenizer, template = of("bars")
     rendered = template.render((HELLO[0], Message("assistant", calls=(ToolCall("f", '{"a":  1}'),))))
-    assert said(tokenizer, rendered) == '⟦<｜call｜>⟧f⟦<｜sep｜>⟧{"a":  1}⟦<｜/call｜>⟧⟦</s>⟧'
+    assert said(tokenizer, rendered) == (
+        '⟦<｜calls｜>⟧⟦<｜call｜>⟧f⟦<｜sep｜>⟧{"a":  1}⟦<｜/call｜>⟧⟦<｜/calls｜>⟧⟦</s>⟧'
+    )
 
 
 def test_calls_have_ids_that_results_name():
@@ -260,3 +269,103 @@ def test_sent_to_a_process_it_is_the_same():
 def test_a_tokenizer_that_brings_none_says_so():
     with pytest.raises(UserError, match="brings no chat template"):
         made(FAMILIES["chatml"], template=None)
+
+
+TOLD = [name for name, family in FAMILIES.items() if "told" in family.allows]
+
+
+def test_a_prompt_need_not_say_who_says_what():
+    """This template tells of tools before every question that is spelt as the last one is."""
+    tokenizer, template = of("listed")
+    told, turns = template.with_tools(TOOLS), (*HELLO, HELLO[0])
+    assert spelt(tokenizer, prompt_of(told, turns)).count("⟦[AVAILABLE_TOOLS]⟧") == 2
+    with pytest.raises(UserError, match="it cannot be told what the assistant says"):
+        told.render(turns)
+
+
+def test_a_template_tells_of_tools_as_it_does():
+    tokenizer, template = of("thinking")
+    plain = [{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}]
+    ids = template.with_tools(plain).render((Message("system", "be kind"), *HELLO[:1]), generate=True).ids
+    told = '{"type": "function", "function": {"name": "f", "description": "é", "parameters": {"type": "object"}}}'
+    assert spelt(tokenizer, ids) == (
+        f"⟦<|im_start|>⟧system\nbe kind\n\nYou have these tools:\n<tools>\n{told}\n</tools>\nTo call one:\n"
+        '⟦<tool_call>⟧\n{"name": ..., "arguments": ...}\n⟦</tool_call>⟧⟦<|im_end|>⟧\n'
+        "⟦<|im_start|>⟧user\nhello⟦<|im_end|>⟧\n⟦<|im_start|>⟧assistant\n"
+    )
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_tools_change_nothing_of_what_is_said(name: str):
+    tokenizer, template = of(name)
+    told = template.with_tools(TOOLS)
+    for entry in TOOLS:
+        assert f"{entry['function']['name']}" in spelt(tokenizer, told.render(HELLO[:1]).ids)
+    call = ToolCall("search", '{"q": "<|im_end|>"}')
+    asked = Message("user", "again")
+    turns = (*HELLO, asked, Message("assistant", calls=(call,)), Message("tool", "3", name="search"), HELLO[1])
+    assert said(tokenizer, told.render(turns)) == said(tokenizer, template.render(turns))
+    assert told.render(turns).ids != template.render(turns).ids
+    assert told.fingerprint != template.fingerprint
+    again = pickle.loads(pickle.dumps(told))
+    assert (again.render(turns), again.fingerprint) == (told.render(turns), told.fingerprint)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_marker_in_a_tool_is_text(name: str):
+    tokenizer, template = of(name)
+
+    def steering(text: str) -> list[int]:
+        properties = {text: {"type": "string", "description": text}}
+        function = {"name": "f", "description": text, "parameters": {"type": "object", "properties": properties}}
+        told = template.with_tools([{"type": "function", "function": function}])
+        control = {entry["id"] for entry in json.loads(tokenizer.content)["added_tokens"]}
+        return [id for id in told.render(HELLO[:1], generate=True).ids if id in control]
+
+    assert steering(" ".join(markers(FAMILIES[name], tokenizer))) == steering("x")
+
+
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {*TOLD}))
+def test_a_template_that_passes_over_tools_says_so(name: str):
+    with pytest.raises(UserError, match="does not tell it of tools: offer it none"):
+        of(name)[1].with_tools(TOOLS)
+
+
+def test_calls_that_could_not_be_read_are_not_offered():
+    """They stand in tags of their own, argument by argument."""
+    tagged = FAMILIES["thinking"].template.replace(
+        "{{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}",
+        "{% for key, value in call.function.arguments.items() %}{{ '<' + key + '>' + value }}{% endfor %}",
+    )
+    _, template = made(FAMILIES["thinking"], template=tagged)
+    with pytest.raises(UserError, match="writes calls of tools in a way that is not known here"):
+        template.with_tools(TOOLS)
+    assert template.call_form(()) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("listed", 'so [TOOL_CALLS] [{"name": "f", "arguments": {}}, {"name": "g"}]', ("so", "f", "g")),
+        ("listed", '[TOOL_CALLS]{"name": "f"}[TOOL_CALLS]{"name": "g"}', ("", "f", "g")),
+        ("listed", '[TOOL_CALLS][{"name": "f"}', ('[TOOL_CALLS][{"name": "f"}',)),
+        ("objects", ' {"name": "search", "parameters": {"q": ""}}', ("", "search")),
+        ("objects", '{"name": "search"}; {"name": "calculator"}', ("", "search", "calculator")),
+        ("objects", '{"name": "f"}', ('{"name": "f"}',)),  # of which it was not told
+        ("objects", 'x {"name": "search"}', ('x {"name": "search"}',)),
+        ("objects", '{"name": "search"} x', ('{"name": "search"} x',)),
+        ("bars", "a</think>b<｜call｜>f<｜sep｜>1 + 1<｜/call｜>c", ("bc", "f")),
+        ("bars", "</think><｜calls｜><｜call｜>f 1<｜sep｜>{}<｜/call｜>", ("<｜call｜>f 1<｜sep｜>{}<｜/call｜>",)),
+    ],
+)
+def test_calls_of_each_family_are_read(name: str, text: str, message: tuple[str, ...]):
+    tokenizer, template = of(name)
+    read = parsed(template.with_tools(TOOLS), tokenizer, text)
+    assert (read.content, *(call.name for call in read.calls)) == message
+
+
+def test_an_answer_in_json_is_no_call_where_there_are_no_tools():
+    tokenizer, template = of("objects")
+    assert parsed(template, tokenizer, '{"name": "search"}').content == '{"name": "search"}'
+    reader = template.with_tools(TOOLS).reader()
+    assert joined([piece for id in tokenizer.encode('{"age": 3}') for piece in reader.add(id)]).content == '{"age": 3}'

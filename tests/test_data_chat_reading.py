@@ -18,8 +18,20 @@ from tests.scripted import TEMPLATE, TOKENIZER, assistant
 WRITTEN = [
     *("the fox", " ", "\n", "\n\n", "é🙂", "<", "<th", "</think", "<tool_", '{"a": 1}', "</tool_call>", "<think>"),
     *('{"name": "f", "arguments": {"a": [1]}}', '\n{"name": "f", "arguments": 1 + 1}\n', "f 1", "\u2581"),
+    *('{"name": "f", "parameters": {}}', '[{"name": "f"}, {"name": "f", "arguments": {"a": "b"}}]', "[TOOL_CALLS]"),
+    *("f<｜sep｜>{}", "<｜calls｜><｜call｜>f<｜sep｜>1 + 1<｜/call｜><｜/calls｜>", '[TOOL_CALLS][{"name": "f"}]'),
     *("<tool_call>", "</think>", '<tool_call>{"name": "f"}</tool_call>', "<|call|>"),
 ]
+CALL = "@<tool_call>(.*?)@</tool_call>"
+CALLS = {
+    "thinking": CALL,
+    "opened": CALL,
+    "bars": r"@<｜call｜>(.*?)@<｜/call｜>|@<｜call｜>.*\Z|@<｜/?calls｜>",
+    "listed": r"@\[TOOL_CALLS\](.*?)(?=@\[TOOL_CALLS\]|\Z)",
+}
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]")
+MARKS += tuple(f"<｜{name}｜>" for name in ("calls", "/calls", "call", "/call", "sep"))
+TELLING = [{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]
 SIGN, NEVER = "\U000fffff", "\U000ffffe"
 
 
@@ -42,38 +54,53 @@ def own_at_once(ids) -> Message:
     return message
 
 
-def imported_at_once(name: str, ids) -> Message:
+def imported_at_once(name: str, template, ids) -> Message:
     """Of a family: the whole text, by regular expressions."""
-    tokenizer, template = of(name)
+    tokenizer, family = of(name)[0], FAMILIES[name]
     added = {entry["content"]: entry["id"] for entry in json.loads(tokenizer.content)["added_tokens"]}
-    marks = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-    mark_of = {added[mark]: mark for mark in marks if mark in added}
+    mark_of = {added[mark]: mark for mark in MARKS if mark in added}
     said = itertools.takewhile(lambda id: id not in template.stop_ids, ids)
     text = ""
     for is_mark, run in itertools.groupby(said, key=mark_of.__contains__):
         run = list(run)
         plain = "" if is_mark else tokenizer.decode_bytes(run).decode(errors="replace")
         text += plain or "".join(SIGN + mark_of[id] for id in run if is_mark)
-    think, answer, call, called = (f"{SIGN}{mark}" if mark in added else NEVER for mark in marks)
+    think, answer = (f"{SIGN}{mark}" if mark in added else NEVER for mark in ("<think>", "</think>"))
     text = think + text if name in ("opened", "bars") else text
     thought = re.match(rf"\s*{think}(.*?)({answer}|\Z)", text, re.DOTALL)
     text = text[thought.end() :] if thought else text
     calls = []
 
     def take(found: re.Match[str]) -> str:
-        if plain := re.fullmatch(r'\s*\{"name": "f", "arguments": (1 \+ 1.*)\}\s*', found[1], re.DOTALL):
-            calls.append(ToolCall("f", plain[1]))
-            return ""
-        try:
-            entry = json.loads(found[1])
-            calls.append(ToolCall(entry["name"], json.dumps(entry.get("arguments", {}))))
-        except (ValueError, KeyError, TypeError):
-            return found[0]
-        return ""
+        if name == "bars" and found[1] is None:  # what stands around all calls, or one that does not end
+            return "" if "calls" in found[0][:10] else found[0]
+        new = calls_at_once(name, found[1])
+        calls.extend(new)
+        return "" if new else found[0]
 
-    text = re.sub(rf"\n?{call}(.*?){called}", take, text, flags=re.DOTALL)
+    pattern = CALLS.get(name, NEVER + "()").replace("@", SIGN)
+    if "call" in family.allows and "single" not in family.allows:
+        text = re.sub(rf"\n?{pattern}", take, text, flags=re.DOTALL)
+    elif "single" in family.allows and all(call.name == "f" for call in calls_at_once(name, text)):
+        calls = calls_at_once(name, text)
+        text = "" if calls else text
     thinking = thought[1].strip("\n") if thought else ""
     return Message("assistant", text.replace(SIGN, "").strip(), thinking.replace(SIGN, ""), tuple(calls))
+
+
+def calls_at_once(name: str, text: str) -> list[ToolCall]:
+    if name == "bars":
+        call = re.fullmatch(rf"\s*(\S+)\s*{SIGN}<｜sep｜>(.*)", text, re.DOTALL)
+        return [ToolCall(call[1], call[2].strip().replace(SIGN, ""))] if call and SIGN not in call[1] else []
+    key = "parameters" if name == "objects" else "arguments"
+    if plain := re.fullmatch(rf'\s*\{{"name": "f", "{key}": (1 \+ 1.*)\}}\s*', text, re.DOTALL):
+        return [ToolCall("f", plain[1])]
+    try:
+        values = json.loads(text)
+        entries = values if isinstance(values, list) else [values]
+        return [ToolCall(entry["name"], json.dumps(entry.get(key, {}))) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def as_it_comes(template, ids) -> list:
@@ -126,18 +153,19 @@ def test_our_own(examples: int):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name: str, examples: int):
     tokenizer, template = of(name)
-    check(template, tokenizer, lambda ids: imported_at_once(name, ids), examples)
+    template = template.with_tools(TELLING) if "told" in FAMILIES[name].allows else template
+    check(template, tokenizer, lambda ids: imported_at_once(name, template, ids), examples)
 
 
-CALL = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+SPELT = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 
 
 @pytest.mark.parametrize(
     "script, pieces",
     [
         ("<think>a\n < b</think>\n\nso ", ["a", "\n ", "< ", "b", "s", "o"]),
-        (f"a \n{CALL}\n{CALL} b", ["a", "f", "f", "  b"]),
-        (f"a\n{CALL[:-1]}", ["a", f"\n{CALL[:-1]}"]),
+        (f"a \n{SPELT}\n{SPELT} b", ["a", "f", "f", "  b"]),
+        (f"a\n{SPELT[:-1]}", ["a", f"\n{SPELT[:-1]}"]),
         ("x\n<tool_call>{}</tool_call>", ["x", "\n<tool_call>{}</tool_call>"]),
         ("if a <t or <tool b ", ["i", "f", " a", " <t", " o", "r", " <tool", " b"]),
         ("2 <", ["2", " <"]),

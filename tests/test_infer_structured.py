@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from llmlab.core.errors import UserError
+from llmlab.data.chat import Message, ToolCall, template_for
 from llmlab.data.tokenizer import Tokenizer, TokenizerConfig
 from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Limit, Request, Sampling
 from llmlab.infer.structured import StructureLimits, Structures
 from llmlab.model.transformer import make_model
+from tests.chat_families import FAMILIES, byte_level, made, of
 from tests.helpers import random_params, tiny_llama
 
 SCHEMAS = json.loads((Path(__file__).parent / "schemas.json").read_text())
@@ -315,3 +317,77 @@ def test_structured_output_asks_for_its_extra(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="needs a stop id"):
         Structures(tokenizer, 400, ())
+
+
+OFFERED = {
+    "search": {"type": "object", "properties": {"q": {"enum": ["a", "é\n"]}}, "required": ["q"]}
+    | {"additionalProperties": False},
+    "f-2": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+
+
+@pytest.mark.parametrize("name", ["own", "thinking", "opened", "bars", "objects", "listed"])
+def test_a_forced_call_is_one_that_the_template_reads(name: str):
+    """Whatever is drawn."""
+    template, tokenizer = template_for(parts()[1]), parts()[1]
+    if name != "own":
+        pytest.importorskip("tokenizers", reason="the extra hf installs it")
+        tokenizer, template = of(name)
+    functions = [{"name": name, "description": "", "parameters": schema} for name, schema in OFFERED.items()]
+    template = template.with_tools([{"type": "function", "function": function} for function in functions])
+    prompt = template.render((Message("user", "x"),), generate=True).ids
+    structures = Structures(tokenizer, tokenizer.vocab_size, template.stop_ids)
+    random, named = np.random.default_rng(0), set()
+    ends = template.call_form(prompt).thinking[:1]
+    wanted = {id for end in ends for id in ([end] if isinstance(end, int) else [])}
+    for _ in range(8):
+        limit = structures.call(template.call_form(prompt), OFFERED)
+        ids = []
+        while not ids or ids[-1] not in template.stop_ids:
+            allowed = np.flatnonzero(np.unpackbits(limit.allowed().view(np.uint8), bitorder="little"))
+            likely = [id for id in allowed if id in wanted]  # else thinking would go on for ever
+            ids.append(int(random.choice(likely if len(ids) > 5 and likely else allowed)))
+            limit.accept(ids[-1])
+        said = template.parse(ids, prompt)
+        (call,) = said.calls
+        jsonschema.validate(json.loads(call.arguments), OFFERED[call.name])
+        assert said.content == ""
+        named.add(call.name)
+    assert named == {*OFFERED}
+
+
+def test_a_forced_call_comes_after_thinking_that_is_plain_text():
+    """Followed along what a model says, as drawing would hardly end it."""
+    pytest.importorskip("tokenizers", reason="the extra hf installs it")
+    plain = lambda: byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])  # noqa: E731
+    tokenizer, template = made(FAMILIES["opened"], tokenizer=plain)
+    prompt = template.render((Message("user", "x"),), generate=True).ids
+    form = template.call_form(prompt)
+    limit = Structures(tokenizer, tokenizer.vocab_size, template.stop_ids).call(form, OFFERED)
+    text = 'I </thin\n</think>\n\n<tool_call>\n{"name": "f-2", "arguments": {}}\n</tool_call>'
+    for id in (ids := [*tokenizer.encode(text), template.stop_ids[0]]):
+        assert limit.allowed()[id // 32] >> id % 32 & 1, tokenizer.decode([id])
+        limit.accept(id)
+    assert template.parse(ids, prompt) == Message("assistant", "", "I </thin", (ToolCall("f-2", "{}"),))
+
+
+def test_a_forced_call_may_be_given_a_line_of_text():
+    _, tokenizer, structures = parts()
+    template, control = template_for(tokenizer), tokenizer.control
+    limit = structures.call(template.call_form(()), {"calculator": None})
+    ids = [control["<|call|>"], *tokenizer.encode("calculator 1 + 1"), control["<|/call|>"], control["<|end|>"]]
+    for id in ids:
+        assert limit.allowed()[id // 32] >> id % 32 & 1
+        if id != ids[-1]:
+            assert not limit.allowed()[ids[-1] // 32] >> ids[-1] % 32 & 1
+        limit.accept(id)
+    assert template.parse(ids).calls == (ToolCall("calculator", "1 + 1"),)
+
+
+def test_a_call_that_could_not_be_forced_is_refused():
+    _, tokenizer, structures = parts()
+    form = template_for(tokenizer).call_form(())
+    with pytest.raises(UserError, match="a call of 'a\"b' cannot be enforced: name it with letters"):
+        structures.call(form, {'a"b': {}})
+    with pytest.raises(UserError, match="cannot be enforced"):
+        structures.call(form, {"f": {"not": {}}})

@@ -16,7 +16,7 @@ from llmlab.infer.passages import Passage
 from llmlab.infer.retrieval import Found
 from llmlab.infer.talk import chat_command, speed_text
 from llmlab.infer.terminal import Terminal
-from llmlab.infer.tools import named
+from llmlab.infer.tools import named, tool
 from tests.scripted import REACH, assistant, opened, says
 from tests.test_infer_terminal import on_a_terminal
 
@@ -74,6 +74,19 @@ def test_tools_run_and_are_shown(monkeypatch):
     tools = {"add": lambda text: str(sum(map(int, text.split("+"))))}
     assert piped("1+2?", tools=tools, allowed=["add"]) == "calls add 1+2\ngets 3\nIt is 3.\n"
     assert piped("1+2?") == "calls add 1+2\n"
+
+
+def test_the_model_is_told_of_tools_that_describe_themselves(monkeypatch):
+    def forecast(city: str) -> str:
+        """The weather."""
+
+    asked = says(monkeypatch, lambda prompt, seed: "Well.")
+    piped("Rain?", tools={"forecast": tool(forecast), **ADD})
+    assert asked[0].startswith(
+        '<|system|>You may call these tools:\n{"name": "forecast", "description": "The weather."'
+    )
+    piped("Rain?", tools=named(["calculator", "lookup"]))
+    assert asked[1].startswith("<|user|>")
 
 
 ADD = {"add": lambda text: str(sum(map(int, text.split("+"))))}

@@ -15,6 +15,9 @@ from llmlab.core.errors import UserError
 from llmlab.core.sandbox import CannotIsolate, Outcome
 from llmlab.infer import tools
 from llmlab.infer.tools import MAX_RESULT, built_in, entries, named, schema_of, tool
+from llmlab.verbs.talking import _may_be_told
+from tests.chat_families import of
+from tests.scripted import TOKENIZER
 
 
 def forecast(
@@ -335,3 +338,10 @@ def test_python_runs_what_it_is_given():
     if why := tools.available():
         pytest.skip(why)
     assert named_python()('{"code": "print(6 * 7)"}') == "42\n"
+
+
+def test_a_default_that_a_model_cannot_be_told_of_is_no_tool():
+    pytest.importorskip("tokenizers", reason="the extra hf installs it")
+    assert _may_be_told(TOKENIZER, named(["calculator"]))
+    for name, may in (("thinking", True), ("chatml", False)):
+        assert _may_be_told(of(name)[0], named(["calculator"])) is may

@@ -14,7 +14,7 @@ from llmlab.data.chat_encoding import Encoder, unused
 from llmlab.data.chat_imported import as_dicts
 from llmlab.data.chat_jinja import JinjaTemplate
 from llmlab.data.tokenizer_imported import export_tokenizer, import_tokenizer
-from tests.chat_families import FAMILIES, conversations
+from tests.chat_families import FAMILIES, conversations, texts
 
 pytestmark = pytest.mark.parity
 transformers = pytest.importorskip("transformers", reason="`make test-parity` installs it")
@@ -26,8 +26,8 @@ def theirs_of(folder):
     return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def ids_of(theirs, messages, generate: bool) -> list[int]:
-    return theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=generate, return_dict=False)
+def ids_of(theirs, messages, generate: bool, tools=None) -> list[int]:
+    return theirs.apply_chat_template(messages, tools, tokenize=True, add_generation_prompt=generate, return_dict=False)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -55,6 +55,37 @@ def test_the_ids_are_those_of_transformers(name: str, tmp_path):
         assert encoder.encode(written + breaker, breaker).ids == ids
 
     same()
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "told" in family.allows])
+def test_the_ids_are_those_of_transformers_with_tools(name: str, tmp_path):
+    family = FAMILIES[name]
+    folder = family.folder(tmp_path / name)
+    template, theirs = template_for(import_tokenizer(folder)), theirs_of(folder)
+    tokens = [token for token in theirs.get_added_vocab() if token[0] in "<["]
+
+    @settings(max_examples=200, deadline=None)
+    @given(conversations(family.allows, [token[:-1] for token in tokens]), st.booleans(), offers())
+    def same(conversation, generate, tools):
+        messages = as_dicts(conversation, decode=family.decode)
+        assume(not any(token in json.dumps([messages, tools], ensure_ascii=False) for token in tokens))
+        told = template.with_tools(tools)
+        assert told.render(conversation, generate=generate).ids == ids_of(theirs, messages, generate, tools)
+
+    same()
+
+
+def offers() -> st.SearchStrategy[list[dict]]:
+    """Tools, as a client of OpenAI's API would list them."""
+    kinds = st.sampled_from(
+        [{"type": "string"}, {"type": "integer", "minimum": 0}, {"enum": ["a", "é"]}, {"type": "array", "items": {}}]
+    )
+    properties = st.dictionaries(texts(()), kinds, max_size=3)
+    parameters = properties.map(lambda given: {"type": "object", "properties": given, "required": [*given]})
+    function = st.fixed_dictionaries(
+        {"name": st.sampled_from(["search", "f-2"]), "description": texts(()), "parameters": parameters}
+    )
+    return st.lists(function.map(lambda told: {"type": "function", "function": told}), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,12 +7,13 @@ stays text. Training, sampling, evaluation and the command line all read and wri
 import codecs
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from llmlab.core.errors import UserError
 from llmlab.data.tokenizer import CHAT_MARKERS, Tokenizer
 from llmlab.data.tokenizer_imported import ImportedTokenizer
+from llmlab.data.tools import TOOLS
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -99,6 +100,22 @@ class Rendered(NamedTuple):
     steps: list[tuple[int, float]]
 
 
+Schema = Mapping[str, Any]
+Spelling = tuple[str | int, ...]  # text, and markers by their ids
+
+
+class CallForm(NamedTuple):
+    """How an answer that is one call is spelt: what comes before the name, between it and the arguments, and after.
+
+    thinking: what ends the thinking that the prompt has begun; () where it has begun none.
+    """
+
+    thinking: Spelling
+    before: Spelling
+    between: Spelling
+    after: Spelling
+
+
 class Piece(NamedTuple):
     """More of what an assistant says; `text` is a whole call's too, spelt out for people."""
 
@@ -145,6 +162,16 @@ class ChatTemplate(Protocol):
     def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
         """The whole turn that `reader` reads, with or without its end."""
 
+    def with_tools(self, tools: Sequence[Schema]) -> "ChatTemplate":
+        """This template, telling the model in every conversation what it may call; OpenAI's API lists tools so.
+
+        Raises:
+          UserError: it has no way to tell, or writes calls in one that cannot be read.
+        """
+
+    def call_form(self, prompt: Sequence[int]) -> CallForm | None:
+        """How the model calls a tool after this prompt; None where that is not known."""
+
 
 def template_for(tokenizer: Tokenizer) -> ChatTemplate:
     """The template that this tokenizer's models are trained with.
@@ -172,15 +199,26 @@ class MarkerTemplate:
     <|tool|>name<|result|>…<|end|>
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, told: str = ""):
+        self._tokenizer, self._told = tokenizer, told
         self._id = tokenizer.control
         self.stop_ids: tuple[int, ...] = (self._id["<|end|>"], tokenizer.eos_id)
-        self.fingerprint = f"markers 1 {tokenizer.fingerprint}"
+        self.fingerprint = f"markers 1 {tokenizer.fingerprint}{told}"
+
+    def with_tools(self, tools: Sequence[Schema]) -> "MarkerTemplate":
+        """In the system's turn; those that our own assistants are trained with they know."""
+        functions = [tool["function"] for tool in tools]
+        if all(function["name"] in TOOLS for function in functions):
+            return MarkerTemplate(self._tokenizer)
+        lines = (json.dumps(function, ensure_ascii=False) for function in functions)
+        return MarkerTemplate(self._tokenizer, "\n".join(["You may call these tools:", *lines]))
+
+    def call_form(self, prompt: Sequence[int]) -> CallForm:
+        return CallForm((), (self._id["<|call|>"],), (" ",), (self._id["<|/call|>"],))
 
     def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
         ids, mask, steps = [self._tokenizer.bos_id], [0], []
-        for message in conversation:
+        for message in self._telling(conversation):
             opening, body, ends = self._turn(message)
             steps += [(len(ids) + len(opening) + end, label) for end, label in ends]
             learned = int(message.role == "assistant" and message.train)
@@ -196,6 +234,13 @@ class MarkerTemplate:
 
     def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
         return read(self.reader(prompt), ids, self.stop_ids)
+
+    def _telling(self, conversation: Sequence[Message]) -> Sequence[Message]:
+        if not self._told:
+            return conversation
+        if not conversation or conversation[0].role != "system":
+            return Message("system", self._told), *conversation
+        return conversation[0]._replace(content=f"{conversation[0].content}\n\n{self._told}"), *conversation[1:]
 
     def _turn(self, message: Message) -> tuple[list[int], list[int], list[tuple[int, float]]]:
         """What opens the turn, the turn with its end, and where in the latter its steps end."""
@@ -256,6 +301,12 @@ class _MarkerReader:
         if closed and (call := _call(text)):
             return [call_piece(call)]
         return [Piece("text", text)] if text else []
+
+
+def prompt_of(template: ChatTemplate, conversation: Sequence[Message]) -> list[int]:
+    """The ids that a model goes on from. Nothing of them is learned, so it need not be clear who says what in them."""
+    turns = (turn._replace(content=turn.text(), steps=(), train=False) for turn in conversation)
+    return template.render(tuple(turns), generate=True).ids
 
 
 def call_piece(call: ToolCall) -> Piece:

@@ -94,6 +94,15 @@ class Encoder:
             )
         return Encoded(ids, [origin[start] for start, _ in offsets], markers)
 
+    def pieces(self, text: str) -> list[str | int]:
+        """What the template wrote: its markers as ids, the text between them as it is."""
+        encoded, pieces, last = self.encode(text, next(unused(text))), list[str | int](), 0
+        for place, id in encoded.markers:
+            start = text.index(self._name_of[id], encoded.starts[place])
+            pieces += [text[last:start], id]
+            last = start + len(self._name_of[id])
+        return [piece for piece in [*pieces, text[last:]] if piece != ""]
+
 
 def unused(text: str) -> Iterator[str]:
     """Private-use characters that do not stand in the text."""

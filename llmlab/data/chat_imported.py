@@ -1,5 +1,6 @@
 """The chat template of an imported model: the ids that transformers makes, with the loss mask that it does not."""
 
+import copy
 import functools
 import itertools
 import json
@@ -7,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from llmlab.core.errors import UserError
-from llmlab.data.chat import Message, Rendered, ToolCall, TurnReader, read
+from llmlab.data.chat import CallForm, Message, Rendered, Schema, ToolCall, TurnReader, read
+from llmlab.data.chat_calls import written_call
 from llmlab.data.chat_encoding import Encoded, Encoder, unused
 from llmlab.data.chat_jinja import JinjaTemplate
 from llmlab.data.chat_reading import ImportedReader, TurnText, marks_of
@@ -26,6 +28,8 @@ class ImportedTemplate:
       UserError: the tokenizer brings none, or it is broken.
     """
 
+    _tools: Sequence[Schema] = ()  # which it tells a model of
+
     def __init__(self, tokenizer: ImportedTokenizer):
         if tokenizer.chat is None:
             raise UserError("this tokenizer brings no chat template: its tokenizer_config.json had no chat_template")
@@ -37,23 +41,48 @@ class ImportedTemplate:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((tokenizer.eos_id, *ends, *tokenizer.chat.stop_ids)))
         typable = not self._markers(form.header) or (form.opening and not self._markers(form.opening))
         self._form = form._replace(header="") if typable else form
-        self._marks = marks_of(self._encoder.control, self._jinja.literals)
         self._leaves_out = functools.cache(functools.partial(_leaves_out, self._jinja))
         self._as_dicts = functools.partial(as_dicts, decode=_takes_objects(self._jinja))
+        self._call = written_call(lambda turns: self._jinja.write(self._as_dicts(turns)), self._ended)
+        self._marks = marks_of(self._encoder, self._jinja.literals, self._call)
         self.fingerprint = f"imported 1 {tokenizer.fingerprint}"
 
     def __reduce__(self) -> Any:
-        return ImportedTemplate, (self._tokenizer,)
+        return _restored, (self._tokenizer, self._tools)
+
+    def with_tools(self, tools: Sequence[Schema]) -> "ImportedTemplate":
+        if self._leaves_out("tools"):
+            raise UserError("the chat template of this model does not tell it of tools: offer it none")
+        if not self._call:
+            raise UserError(
+                "the chat template of this model writes calls of tools in a way that is not known here: offer it none"
+            )
+        telling = copy.copy(self)
+        telling._tools = tuple(tools)
+        telling.fingerprint = f"imported 1 {self._tokenizer.fingerprint}{json.dumps(tools)}"
+        return telling
+
+    def call_form(self, prompt: Sequence[int]) -> CallForm | None:
+        if not self._call:
+            return None
+        around = (tuple(self._encoder.pieces(text)) for text in self._call[:3])
+        thinking = (*self._encoder.pieces("</think>"), "\n\n") if self._has_opened_thinking(prompt) else ()
+        return CallForm(thinking, *around)
 
     def render(self, conversation: Sequence[Message], *, generate: bool = False) -> Rendered:
         turns = tuple(conversation)
         for part in {part for turn in turns for part in _parts(turn)}:
             if self._leaves_out(part):
                 raise UserError(f"the chat template of this model leaves out {part}: take it out of the conversation")
-        spare = unused(json.dumps(self._as_dicts(turns), ensure_ascii=False))
+        spare = unused(json.dumps([self._as_dicts(turns), self._tools], ensure_ascii=False))
         breaker = next(spare)
-        dicts = self._as_dicts(turns, lambda text: self._encoder.broken(text, breaker))
-        text = self._jinja.write(dicts, generate)
+
+        def broken(text: str) -> str:
+            return self._encoder.broken(text, breaker)
+
+        dicts = self._as_dicts(turns, broken)
+        write = functools.partial(self._jinja.write, tools=_spelt([*self._tools], broken) or None)
+        text = write(dicts, generate)
         if json.dumps(breaker).strip('"') in text:
             raise UserError("the chat template of this model escapes a marker that stands in a text: take that out")
         encoded = self._encoder.encode(text, breaker)
@@ -61,7 +90,7 @@ class ImportedTemplate:
         if not any(turn.role == "assistant" and (turn.train or turn.steps) for turn in turns):
             return Rendered(encoded.ids, mask, steps)
         written = Written(turns, dicts, text, generate, breaker)
-        for turn, said in zip(turns, find_said(self._jinja.write, self._form, written, spare), strict=True):
+        for turn, said in zip(turns, find_said(write, self._form, written, spare), strict=True):
             if said and turn.train:
                 first, last = self._tokens(encoded, said)
                 mask[first:last] = [1] * (last - first)
@@ -71,12 +100,24 @@ class ImportedTemplate:
         return Rendered(encoded.ids, mask, steps)
 
     def reader(self, prompt: Sequence[int] | None = None) -> TurnReader:
-        text, think = TurnText(self._tokenizer, self._marks.ids), self._marks.think
-        opening = self._form.opening.replace("<think>", think) if prompt is None else text.whole(prompt[-_OPENING:])
-        return ImportedReader(text, self._marks, thinks=opening.rstrip().endswith(think))
+        names = {tool["function"]["name"] for tool in self._tools}
+        text = TurnText(self._tokenizer, self._marks.ids)
+        return ImportedReader(text, self._marks, names, thinks=self._has_opened_thinking(prompt))
 
     def parse(self, ids: Iterable[int], prompt: Sequence[int] | None = None) -> Message:
         return read(self.reader(prompt), ids, self.stop_ids)
+
+    def _has_opened_thinking(self, prompt: Sequence[int] | None) -> bool:
+        if prompt is None:
+            return self._form.opening.rstrip().endswith("<think>")
+        end = TurnText(self._tokenizer, self._marks.ids).whole(prompt[-_OPENING:])
+        return end.rstrip().endswith(self._marks.think)
+
+    def _ended(self, text: str) -> str | None:
+        """The part of a text before a marker that ends a turn."""
+        encoded = self._encoder.encode(text, next(unused(text)))
+        ends = [encoded.starts[place] for place, id in encoded.markers if id in self.stop_ids]
+        return text[: ends[0]] if ends else None
 
     def _markers(self, text: str) -> list[tuple[int, int]]:
         return self._encoder.encode(text, next(unused(text))).markers
@@ -90,6 +131,11 @@ class ImportedTemplate:
             "the chat template of this model writes no token that ends a turn after what the assistant says here, so "
             "a model could not learn to stop: use another template"
         )
+
+
+def _restored(tokenizer: ImportedTokenizer, tools: Sequence[Schema]) -> ImportedTemplate:
+    template = ImportedTemplate(tokenizer)
+    return template.with_tools(tools) if tools else template
 
 
 def as_dicts(
@@ -154,6 +200,8 @@ def _parts(message: Message) -> list[str]:
 
 def _leaves_out(template: JinjaTemplate, part: str) -> bool:
     sign = next(unused("".join(template.literals)))
+    parameters = {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}, "required": ["x"]}
+    tool = {"type": "function", "function": {"name": sign, "description": "x", "parameters": parameters}}
     user, call = Message("user", "x"), Message("assistant", calls=(ToolCall("f", "{}"),))
     conversation = {
         "a system message": (Message("system", sign), user),
@@ -161,9 +209,12 @@ def _leaves_out(template: JinjaTemplate, part: str) -> bool:
         "thinking": (user, Message("assistant", "y", thinking=sign)),
         "a tool call": (user, Message("assistant", calls=(ToolCall(sign, "{}"),))),
         "text beside a tool call": (user, call._replace(content=sign)),
+        "tools": (user,),
     }[part]
+    asked = part == "tools"
     try:
-        return sign not in template.write(as_dicts(conversation, decode=_takes_objects(template)))
+        dicts = as_dicts(conversation, decode=_takes_objects(template))
+        return sign not in template.write(dicts, asked, tools=[tool] if asked else None)
     except UserError:
         return False  # what it refuses, it says itself
 

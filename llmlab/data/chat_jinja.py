@@ -46,15 +46,15 @@ class JinjaTemplate:
         self.literals = [*self.constants, *(node.data for node in tree.find_all(nodes.TemplateData))]
         self._tokens = dict(tokens)
 
-    def write(self, messages: Sequence[dict[str, Any]], generate: bool = False) -> str:
-        """The conversation as this template spells it.
+    def write(self, messages: Sequence[dict[str, Any]], generate: bool = False, *, tools: Any = None) -> str:
+        """The conversation as this template spells it. tools: what may be called, as OpenAI's API lists it.
 
         Raises:
           UserError: the template refuses it, or fails.
         """
         import jinja2
 
-        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generate}
+        given = {"messages": list(messages), "tools": tools, "documents": None, "add_generation_prompt": generate}
         try:
             return self._template.render(**self._tokens, **given)
         except jinja2.TemplateError as error:

@@ -5,35 +5,47 @@ mark that is none is text, and then text is a mark.
 """
 
 import codecs
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from llmlab.core.text import may_become
 from llmlab.data.chat import Piece, ToolCall, call_piece
+from llmlab.data.chat_calls import WrittenCall, may_be_object, read_calls
+from llmlab.data.chat_encoding import Encoder
 from llmlab.data.tokenizer_imported import ImportedTokenizer
 
-_MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _SIGN = "\U000ffffd"  # before a mark that is a token of its own
 _NEVER = "\U000ffffc"
 
 
 class Marks(NamedTuple):
-    """How a family spells what is no text, with signs. ids: those that are tokens."""
+    """How a family spells what is no text, with signs.
+
+    ids: the marks that are tokens. think, answer: what begins thinking, and what ends it. call: how calls are written.
+    """
 
     ids: Mapping[int, str]
     think: str
     answer: str
-    call: str
-    called: str
+    call: WrittenCall
 
 
-def marks_of(control: Mapping[str, int], literals: Sequence[str]) -> Marks:
-    """The marks that most families share, by the ids of a family's markers and the texts in its template."""
-    written = "".join(literals)
-    spelt = (_SIGN + name if name in control else name if name in written else _NEVER for name in _MARKS)
-    return Marks({control[name]: _SIGN + name for name in _MARKS if name in control}, *spelt)
+def marks_of(encoder: Encoder, literals: Sequence[str], call: WrittenCall | None) -> Marks:
+    """The marks of a family, whose template holds these texts."""
+    control, written = encoder.control, "".join(literals)
+    think, answer = (
+        _SIGN + name if name in control else name if name in written else _NEVER for name in ("<think>", "</think>")
+    )
+    ids = {control[name]: _SIGN + name for name in ("<think>", "</think>") if name in control}
+    names = {id: name for name, id in control.items()}
+
+    def spell(text: str) -> str:
+        pieces = encoder.pieces(text)
+        ids.update({id: _SIGN + names[id] for id in pieces if isinstance(id, int)})
+        return "".join(piece if isinstance(piece, str) else ids[piece] for piece in pieces)
+
+    never = WrittenCall("", "", "", "", _NEVER, _NEVER, "")
+    return Marks(ids, think, answer, call.map(spell) if call else never)
 
 
 class TurnText:
@@ -61,14 +73,15 @@ class ImportedReader:
     """A turn, which begins inside of thinking if it `thinks`.
 
     Thinking comes first, if at all, and calls are taken out of the answer. Both are given out without the blanks around
-    them: line ends of thinking, any of an answer.
+    them: line ends of thinking, any of an answer. tools: the names of those that may be called.
     """
 
-    def __init__(self, text: TurnText, marks: Marks, *, thinks: bool):
-        self._text, self._marks = text, marks
+    def __init__(self, text: TurnText, marks: Marks, tools: Collection[str], *, thinks: bool):
+        self._text, self._marks, self._tools = text, marks, tools
         self._step = self._thinking if thinks else self._start
         self._held = ""  # what cannot be told yet
         self._searched = 0  # characters of it, for the end of a call
+        self._first = self._answer if marks.call.opened or not tools else self._object
         self._thought, self._answered = _Stripped("\n"), _Stripped(None)
 
     def add(self, id: int) -> list[Piece]:
@@ -89,7 +102,7 @@ class ImportedReader:
         if begin.startswith(self._marks.think):
             self._step, self._held = self._thinking, begin.removeprefix(self._marks.think)
         elif last or not self._marks.think.startswith(begin):
-            self._step = self._answer
+            self._step = self._first
         else:
             return False
         return True
@@ -100,32 +113,53 @@ class ImportedReader:
         self._say("thinking", thought[: len(thought) - kept], pieces)
         self._held = rest or thought[len(thought) - kept :]
         if ended:
-            self._step = self._answer
+            self._step = self._first
         return bool(ended)
 
     def _answer(self, pieces: list[Piece], last: bool) -> bool:
-        answer, begun, _ = self._held.partition(self._marks.call)
-        kept = 0 if begun or last else may_become(answer, [self._marks.call])
-        self._say("text", answer[: len(answer) - kept], pieces)
-        self._held = self._held[len(answer) - kept :]
-        if begun:
-            self._step, self._searched = self._call, len(self._marks.call)
-        return bool(begun)
+        """Up to the next call, without what stands around all of them."""
+        call = self._marks.call
+        marks = [mark for mark in (call.begin, call.opened, call.end) if mark]
+        at, mark = min(((at, mark) for mark in marks if (at := self._held.find(mark)) >= 0), default=(-1, ""))
+        if at < 0:
+            at = len(self._held) - (0 if last else may_become(self._held, marks))
+        self._say("text", self._held[:at], pieces)
+        self._held = self._held[at:]
+        if mark and mark == call.opened:
+            self._step, self._searched = self._call, len(mark)
+        elif mark:
+            self._held = self._held.removeprefix(mark)
+        return bool(mark)
 
     def _call(self, pieces: list[Piece], last: bool) -> bool:
-        end = self._held.find(self._marks.called, self._searched)
-        if end < 0:
-            self._searched = max(self._searched, len(self._held) - len(self._marks.called))
+        """Up to what closes it: where nothing does, the next one or the turn's end."""
+        call = self._marks.call
+        close = call.closed or call.opened
+        end = self._held.find(close, self._searched)
+        if end < 0 and not (last and not call.closed):
+            self._searched = max(self._searched, len(self._held) - len(close))
             if last:
                 self._say("text", self._held, pieces)
             return False
-        call = _call(self._held[len(self._marks.call) : end])
-        whole, self._held = self._held[: end + len(self._marks.called)], self._held[end + len(self._marks.called) :]
-        if call:
+        inside = self._held[len(call.opened) :] if end < 0 else self._held[len(call.opened) : end]
+        length = len(call.opened) + len(inside) + len(call.closed)
+        whole, self._held = self._held[:length], self._held[length:]
+        if calls := read_calls(inside, call):
             self._answered.pending = self._answered.pending.removesuffix("\n")
-            pieces.append(call_piece(call))
+            pieces += [call_piece(ToolCall(*(part.replace(_SIGN, "") for part in call))) for call in calls]
         else:
             self._say("text", whole, pieces)
+        self._step = self._answer
+        return True
+
+    def _object(self, pieces: list[Piece], last: bool) -> bool:
+        """An answer that is nothing but calls, without marks, of tools that there are."""
+        if not last and may_be_object(self._held.lstrip(), self._marks.call):
+            return False
+        calls = read_calls(self._held, self._marks.call) if last else ()
+        if calls and all(call.name in self._tools for call in calls):
+            pieces += map(call_piece, calls)
+            self._held = ""
         self._step = self._answer
         return True
 
@@ -148,19 +182,3 @@ class _Stripped:
         said = text.rstrip(self._blanks)
         self._begun, self.pending = self._begun or bool(said), text[len(said) :]
         return said
-
-
-def _call(text: str) -> ToolCall | None:
-    """The call that a model wrote; None if it is not well formed."""
-    try:
-        call = json.loads(text)
-    except (ValueError, RecursionError):
-        # Templates write arguments that are no JSON as they are.
-        plain = re.fullmatch(r'\s*\{"name": "([^"\\]+)", "arguments": ([^{\["\s].*)\}\s*', text, re.DOTALL)
-        return ToolCall(plain[1], plain[2]) if plain else None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        return None
-    arguments = call.get("arguments", {})
-    return ToolCall(
-        call["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    )

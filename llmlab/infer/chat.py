@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llmlab.core.errors import UserError, nearest
-from llmlab.data.chat import ChatTemplate, Conversation, Message, ToolCall
+from llmlab.data.chat import ChatTemplate, Conversation, Message, ToolCall, prompt_of
 from llmlab.infer.generate import complete, stream
 from llmlab.infer.spoken import Kind, Spoken
 from llmlab.model.types import Model, Params
@@ -191,7 +191,7 @@ def fitted(template: ChatTemplate, conversation: Sequence[Message], room: int) -
     questions = [place for place in spoken[1:] if conversation[place].role == "user"]
     for begin in (0, *questions):
         kept = [message for message in conversation[:begin] if message.role == "system"]
-        ids = template.render((*kept, *conversation[begin:]), generate=True).ids
+        ids = prompt_of(template, (*kept, *conversation[begin:]))
         if len(ids) <= room:
             return ids, begin - len(kept)
     return [], 0
@@ -233,7 +233,7 @@ def _width(length: int) -> int:
 def _no_room(template: ChatTemplate, conversation: Sequence[Message], max_tokens: int, reach: int) -> str:
     questions = [place for place, message in enumerate(conversation) if message.role == "user"]
     last = conversation[questions[-1] :] if questions else conversation
-    length = len(template.render(last, generate=True).ids)
+    length = len(prompt_of(template, last))
     return (
         f"the last turn of {length:,} tokens and max_tokens={max_tokens:,} do not fit into the model's {reach:,} "
         f"positions: shorten the one, or lower the other"

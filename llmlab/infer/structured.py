@@ -15,18 +15,19 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from llmlab.core.errors import UserError
+from llmlab.data.chat import CallForm
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer import structured_trial
 from llmlab.infer.spoken import markers_of
 from llmlab.infer.structured_schema import check_schema
 
-Kind = Literal["schema", "regex", "grammar"]
+Kind = Literal["schema", "regex", "grammar", "call"]
 # One space, or a new line with its indentation: without a bound, a model may write blanks for ever. Without \u escapes
 # every key has one spelling: llguidance does not see that "\u0061" is "a".
 _JSON: Any = {
@@ -80,7 +81,7 @@ class Structures:
         self._vocabulary = _Vocabulary(tokenizer, vocab_size, stop_ids)
         general = llguidance.LLTokenizer(llguidance.TokenizerWrapper(self._vocabulary), eos_token=list(stop_ids))
         self._vocabulary.greedy = general.greedy_tokenize
-        self._tokenizers = {"regex": general, "grammar": general}
+        self._tokenizers = {"regex": general, "grammar": general, "call": general}
         self._tokenizers["schema"] = general.with_slices(llguidance.LLTokenizer.json_slices())
         self._parser_limits = llguidance.LLParserLimits(max_lexer_states=limits.states, verbose_errors=False)
         self._kept: collections.OrderedDict[tuple[str, str], _Structure] = collections.OrderedDict()
@@ -102,11 +103,7 @@ class Structures:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"the schema is not JSON: {_line(str(error))}") from None
         costly = check_schema(schema, depth=self.limits.depth, parts=self.limits.parts)
-        try:
-            text = json.dumps(schema, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the schema cannot be written as JSON: {_line(str(error))}") from None
-        return self._limit("schema", text, costly)
+        return self._limit("schema", _dumps(schema), costly)
 
     def regex(self, pattern: str) -> "StructureLimit":
         """Text that the whole of a regular expression matches, in Rust's syntax: no look-around, no back references.
@@ -126,25 +123,51 @@ class Structures:
             raise UserError(f"the grammar cannot hold {directive[0]}, which is not checked: use a schema alone")
         return self._limit("grammar", lark, True)
 
-    def _limit(self, kind: Kind, text: str, costly: bool) -> "StructureLimit":
+    def call(self, form: CallForm, tools: Mapping[str, Mapping[str, Any] | None]) -> "StructureLimit":
+        """A turn that calls one of these tools, with what its schema describes; None: with a line of text.
+
+        Raises:
+          UserError: a name holds a blank or a sign, or a schema is none, cannot be enforced, or is too large.
+        """
+        costly, choices = False, list[str]()
+        for name, schema in tools.items():
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise UserError(f"a call of {name!r} cannot be enforced: name it with letters, digits, _, . and -")
+            given = "LINE"
+            if schema is not None:
+                costly |= check_schema(schema, depth=self.limits.depth, parts=self.limits.parts)
+                given = f"%json {_dumps({**schema, 'x-guidance': _JSON})}"
+            choices.append(f"{_lark([name, *form.between])} {given}")
+        rules = [f"start: thought {_lark(form.before)} ({' | '.join(choices)}) {_lark(form.after)}", r"LINE: /[^\n]+/"]
+        match form.thinking:
+            case ():
+                rules += ['thought: ""']
+            case (int(), *_):
+                rules += [f"thought: ANY {_lark(form.thinking)}", "ANY: /(?s:.*)/"]
+            case (end, *rest):
+                rules += [f"thought: until {_lark(rest)}", f"until[suffix={_dumps(end)}]: /(?s:.*)/"]
+        markers = [id for part in form for id in part if isinstance(id, int)]
+        return self._limit("call", "\n".join(rules), costly, markers)
+
+    def _limit(self, kind: Kind, text: str, costly: bool, markers: Sequence[int] = ()) -> "StructureLimit":
         self._check_length(kind, text)
         with self._lock:
             structure = self._kept.get((kind, text))
             if structure is not None:
                 self._kept.move_to_end((kind, text))
         if structure is None:
-            structure = self._compiled(kind, text, costly)
+            structure = self._compiled(kind, text, costly, markers)
             with self._lock:
                 self._kept[kind, text] = structure
                 while len(self._kept) > self.limits.kept:
                     self._kept.popitem(last=False)
-        return StructureLimit(structure, self._text_W, self._stops_W)
+        return StructureLimit(structure, self._text_W | _bits(markers, self._words), self._stops_W)
 
     def _check_length(self, kind: Kind, text: str) -> None:
         if len(text) > self.limits.characters:
             raise UserError(f"the {kind} has {len(text):,} characters: at most {self.limits.characters:,} will do")
 
-    def _compiled(self, kind: Kind, text: str, costly: bool) -> "_Structure":
+    def _compiled(self, kind: Kind, text: str, costly: bool, markers: Sequence[int]) -> "_Structure":
         matchers = self._library.LLMatcher
         try:
             match kind:
@@ -152,7 +175,7 @@ class Structures:
                     grammar = matchers.grammar_from_json_schema(text, overrides=_JSON)
                 case "regex":
                     grammar = matchers.grammar_from_regex(text)
-                case "grammar":
+                case "grammar" | "call":
                     grammar = matchers.grammar_from_lark(text)
         except ValueError as error:
             raise UserError(f"the {kind} cannot be read: {_line(str(error))}") from None
@@ -165,7 +188,7 @@ class Structures:
             first.compute_bitmask()
         if wrong := first.get_error() or next(iter(first.get_grammar_warnings()), ""):
             raise UserError(f"the {kind} cannot be enforced: {_line(wrong)}")
-        if not StructureLimit(structure, self._text_W, self._stops_W).allowed().any():
+        if not StructureLimit(structure, self._text_W | _bits(markers, self._words), self._stops_W).allowed().any():
             raise UserError(f"the {kind} cannot be enforced: this tokenizer has no token that it could begin with")
         return structure
 
@@ -278,6 +301,18 @@ def _bits(ids: Sequence[int], words: int) -> np.ndarray:
     bits = np.zeros(words * 32, bool)
     bits[list(ids)] = True
     return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def _lark(spelling: Iterable[str | int]) -> str:
+    """Text, and markers by their ids, as a grammar has them."""
+    return " ".join(f"<[{piece}]>" if isinstance(piece, int) else _dumps(piece) for piece in spelling)
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the schema cannot be written as JSON: {_line(str(error))}") from None
 
 
 def _line(message: str) -> str:

@@ -10,6 +10,7 @@ from llmlab.infer.chat import NO_TOOLS, Approve, Reply, Tools, fitted, reply
 from llmlab.infer.kept import append_rows, as_turns
 from llmlab.infer.retrieval import Found, asked_with, sources
 from llmlab.infer.terminal import Terminal, interruptible
+from llmlab.infer.tools import told
 from llmlab.workdir.open import Opened
 
 HELP = """\
@@ -35,13 +36,14 @@ def chat_command(
 ) -> None:
     """Talks until there are no more lines. Half of the model's positions at most are kept for an answer.
 
-    Tools that are `allowed` run unasked. The others ask on a terminal before each call, and do not run elsewhere.
+    The model is told of the tools that describe themselves. Those that are `allowed` run unasked. The others ask on a
+    terminal before each call, and do not run elsewhere.
     find: gives the passages that are laid before a question, whose sources are then shown.
 
     Raises:
-      UserError: the tokenizer has no chat template, or a setting is out of its range.
+      UserError: the tokenizer has no chat template, or one that cannot tell of tools, or a setting is out of its range.
     """
-    template = template_for(opened.tokenizer)
+    template = told(template_for(opened.tokenizer), tools)
     max_tokens = min(max_tokens, max(1, opened.model.config.max_positions // 2))
     start: Conversation = (Message("system", system),) if system else ()
     conversation, answers = start, 0

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.sandbox import CannotIsolate, available, run_python
+from llmlab.data.chat import ChatTemplate
 from llmlab.data.tools import TOOLS
 
 MAX_RESULT = 4000  # characters: a model's positions are few
@@ -204,6 +205,16 @@ def named(names: Iterable[str]) -> dict[str, FunctionTool]:
 def entries(tools: Mapping[str, FunctionTool]) -> list[dict[str, Any]]:
     """The list `tools` of OpenAI's API."""
     return [each.entry() for each in tools.values()]
+
+
+def told(template: ChatTemplate, tools: Mapping[str, Callable[[str], str]]) -> ChatTemplate:
+    """The template, telling the model of those of these tools that describe themselves.
+
+    Raises:
+      UserError: it has no way to.
+    """
+    described = {name: each for name, each in tools.items() if isinstance(each, FunctionTool)}
+    return template.with_tools(entries(described)) if described else template
 
 
 class _Wrong(Exception):

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llmlab.data.chat import ChatTemplate, Conversation, Message, Piece
+from llmlab.data.chat import ChatTemplate, Conversation, Message, Piece, prompt_of
 from llmlab.data.rows import conversation
 from llmlab.infer.engine_step import TOP
 from llmlab.infer.request import CUT, Event, Request
@@ -21,13 +22,13 @@ from llmlab.serve.completions import usage_of
 from llmlab.serve.door import stack_of
 from llmlab.serve.errors import ApiError, Json
 from llmlab.serve.fields import Fields, fields_of
-from llmlab.serve.formats import limit_for
+from llmlab.serve.formats import call_limit, limit_for
 from llmlab.serve.logprobs import Entry, Scores, for_chat
 from llmlab.serve.models import Served, chosen, events, limits_of
 from llmlab.serve.prompts import reading
 from llmlab.serve.sampling import SETTINGS, Asked, asked, room_for
 from llmlab.serve.sse import event_stream
-from llmlab.serve.tools import Declared, as_json, as_said, declared, described
+from llmlab.serve.tools import Declared, Offer, as_json, as_said, offered
 
 FIELDS = (
     *(*SETTINGS, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
@@ -41,27 +42,32 @@ async def chat(request: HttpRequest) -> Response:
     """The endpoint."""
     fields, limits = await fields_of(request, FIELDS), limits_of(request)
     model = chosen(request, fields)
-    settings, tools = asked(fields, model, limits), declared(fields)
+    settings, offer = asked(fields, model, limits), offered(fields)
     template = template_of(model)
     turns = conversation(as_said(fields.get("messages")))
-    if tools:
-        turns = described(turns, tools, template)
     ticket = stack_of(request.scope).enter_context(model.service.admit(settings.n))
-    prompt, most = await _prompt(fields, model, template, turns)
-    sampling, tokenizer = settings.sampling, model.opened.tokenizer
-    if fields.get("tool_choice") == "none" and "<|call|>" in tokenizer.control:
-        banned = {tokenizer.control["<|call|>"]: -100.0}
-        sampling = dataclasses.replace(sampling, bias=dict(sampling.bias) | banned)
+    if offer.tools:
+        template = template.with_tools(offer.entries())
+    prompt, most = await _prompt(fields, model, template, turns, offer)
+    sampling, form = settings.sampling, template.call_form(prompt)
+    if fields.get("tool_choice") == "none" and form and isinstance(form.before[0], int):
+        sampling = dataclasses.replace(sampling, bias=dict(sampling.bias) | {form.before[0]: -100.0})
     want_scores = fields.flag("logprobs")
     if "top_logprobs" in fields and not want_scores:
         raise fields.wrong("top_logprobs", "it needs logprobs=true")
+    if offer.forced and "response_format" in fields:
+        raise fields.wrong(
+            "tool_choice", "an answer that has to be a call has no other form: leave out response_format"
+        )
+    structures = functools.partial(model.structures, template.stop_ids)
     like = Request(
         tuple(prompt),
         most,
         sampling,
         stop_ids=() if settings.ignore_eos else template.stop_ids,
         top=fields.integer("top_logprobs", 0, 0, TOP),
-        limit=await limit_for(fields.get("response_format"), lambda: model.structures(template.stop_ids)),
+        limit=await call_limit(form, offer.forms(template), structures)
+        or await limit_for(fields.get("response_format"), structures),
     )
     ticket.begin(like, n=settings.n)
     head = {
@@ -71,7 +77,8 @@ async def chat(request: HttpRequest) -> Response:
         "system_fingerprint": f"step-{model.opened.step}",
     }
     choices = [
-        _Choice(index, model, Spoken(template, prompt), settings, tools, want_scores) for index in range(settings.n)
+        _Choice(index, model, Spoken(template, prompt), settings, offer.tools, want_scores)
+        for index in range(settings.n)
     ]
     pieces = _pieces(ticket, choices, limits.seconds)
     if settings.stream:
@@ -110,7 +117,7 @@ class _Choice:
         model: Served,
         spoken: Spoken,
         settings: Asked,
-        tools: list[Declared],
+        tools: Sequence[Declared],
         want_scores: bool,
     ):
         self.index, self.done, self._tools = index, False, tools
@@ -221,11 +228,13 @@ async def _whole(
     return {"object": "chat.completion", "choices": choices, "usage": usage}
 
 
-async def _prompt(fields: Fields, model: Served, template: ChatTemplate, turns: Conversation) -> tuple[list[int], int]:
+async def _prompt(
+    fields: Fields, model: Served, template: ChatTemplate, turns: Conversation, offer: Offer
+) -> tuple[list[int], int]:
     """The ids of the conversation with an answer opened, and how many tokens that may have."""
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     truncation = fields.choice("truncation", "none", ("none", "middle"))
-    size = sum(len(turn.content) for turn in turns)
+    size = sum(len(turn.content) for turn in turns) + sum(len(str(tool)) for tool in offer.tools)
     if truncation == "none" and size > model.reach * model.longest_token:
         why = f"{size:,} characters are more than the model's {model.reach:,} positions hold: shorten them"
         raise fields.wrong("messages", why, code="context_length_exceeded")
@@ -239,7 +248,7 @@ async def _prompt(fields: Fields, model: Served, template: ChatTemplate, turns: 
             why = f"the last turn alone leaves no room in the model's {model.reach:,} positions: shorten it"
             raise fields.wrong("messages", why, code="context_length_exceeded")
     else:
-        prompt = (await reading(lambda: template.render(turns, generate=True))).ids
+        prompt = await reading(lambda: prompt_of(template, turns))
         if len(prompt) >= model.reach:
             why = f"{len(prompt):,} tokens fill the model's {model.reach:,} positions: shorten them, or set truncation"
             raise fields.wrong("messages", f"{why} to middle", code="context_length_exceeded")
@@ -265,7 +274,7 @@ def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list
     def ids(place: int) -> list[int]:
         begin = begins[place]
         shorter = spoken[questions[-1] :] if begin is None else [*first, *spoken[begin:]]
-        return template.render(turns if place == 0 else (*system, *shorter), generate=True).ids
+        return prompt_of(template, turns if place == 0 else (*system, *shorter))
 
     place = bisect.bisect_left(range(len(begins)), True, key=lambda place: len(ids(place)) <= room)
     return ids(place) if place < len(begins) else []

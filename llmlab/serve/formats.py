@@ -1,9 +1,10 @@
 """What form an answer must have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmlab.core.errors import UserError
+from llmlab.data.chat import CallForm
 from llmlab.infer.request import Limit
 from llmlab.infer.structured import Structures
 from llmlab.serve.beside import Beside
@@ -42,6 +43,24 @@ async def limit_for(response_format: Any, structures: Callable[[], Structures]) 
         return await _compiling(_limit, structures, kind, given)
     except UserError as error:
         raise _wrong(str(error)) from None
+
+
+async def call_limit(
+    form: CallForm | None, tools: Mapping[str, Any], structures: Callable[[], Structures]
+) -> Limit | None:
+    """What keeps a sample to a call of one of these tools, as `Structures.call` has them; None where there are none.
+
+    Raises:
+      ApiError: it cannot be enforced.
+    """
+    if not tools:
+        return None
+    if form is None:
+        raise ApiError(400, "tool_choice: it is not known how this model writes calls: use auto", param="tool_choice")
+    try:
+        return await _compiling(lambda: structures().call(form, tools))
+    except UserError as error:
+        raise ApiError(400, f"tool_choice: {error}", param="tool_choice") from None
 
 
 def _limit(structures: Callable[[], Structures], kind: Any, given: Any) -> Limit:

@@ -10,7 +10,7 @@ from llmlab.serve.errors import Json
 from llmlab.serve.fields import fields_of
 from llmlab.serve.logprobs import spelt
 from llmlab.serve.models import Served, chosen
-from llmlab.serve.tools import as_said
+from llmlab.serve.tools import as_said, offered
 
 _MOST = 2**20
 _spelling = Beside("spelling")
@@ -18,11 +18,13 @@ _spelling = Beside("spelling")
 
 async def tokenize(request: HttpRequest) -> Response:
     """The ids of a text or a conversation, each with its bytes; those of the empty text are BOS, as in a prompt."""
-    fields = await fields_of(request, ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"))
+    known = ("model", "prompt", "messages", "tools", "add_special_tokens", "add_generation_prompt")
+    fields = await fields_of(request, known)
     model = chosen(request, fields)
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
     if "messages" in fields:
-        template, turns = template_of(model), conversation(as_said(fields.get("messages")))
+        template, turns, offer = template_of(model), conversation(as_said(fields.get("messages"))), offered(fields)
+        template = template.with_tools(offer.entries()) if offer.tools else template
         return await _spelling(lambda: _shown(template.render(turns, generate=opens).ids, model))
     text = fields.text("prompt")
     if len(text) > _MOST:

@@ -6,9 +6,10 @@ declares, and the id of the call says so, so that the model finds its own words 
 
 import json
 import secrets
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from llmlab.data.chat import ChatTemplate, Conversation, MarkerTemplate, Message, ToolCall
+from llmlab.data.chat import ChatTemplate, MarkerTemplate, ToolCall
 from llmlab.data.tools import TOOLS
 from llmlab.serve.errors import ApiError
 from llmlab.serve.fields import Fields
@@ -26,11 +27,24 @@ class Declared(NamedTuple):
     parameters: dict[str, Any]
 
 
-def declared(fields: Fields) -> list[Declared]:
+class Offer(NamedTuple):
+    """tools: what the model may call. forced: the names of those of which it has to call one; none where it may not."""
+
+    tools: tuple[Declared, ...] = ()
+    forced: tuple[str, ...] = ()
+
+    def entries(self) -> list[dict[str, Any]]:
+        """As OpenAI's API lists them."""
+        return [{"type": "function", "function": tool._asdict()} for tool in self.tools]
+
+    def forms(self, template: ChatTemplate) -> dict[str, dict[str, Any] | None]:
+        """What each of the forced is given, as `Structures.call` has it; our own assistants give our own tools text."""
+        own = isinstance(template, MarkerTemplate) and all(tool.name in TOOLS for tool in self.tools)
+        return {tool.name: None if own else tool.parameters for tool in self.tools if tool.name in self.forced}
+
+
+def offered(fields: Fields) -> Offer:
     """What a request offers to the model; nothing where `tool_choice` is none."""
-    choice = fields.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise fields.wrong("tool_choice", "the model chooses by itself here: use auto or none")
     given = fields.get("tools") or []
     if not isinstance(given, list) or len(given) > _MOST:
         raise fields.wrong("tools", f"it should be a list of at most {_MOST} tools")
@@ -43,26 +57,25 @@ def declared(fields: Fields) -> list[Declared]:
         name = inner.text("name")
         if name.split() != [name] or len(name) > 64:
             raise inner.wrong("name", "it should be 1 to 64 characters, none of them a blank")
-        parameters = inner.get("parameters") or {}
+        parameters = inner.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, dict):
             raise inner.wrong("parameters", "it should be a JSON schema")
         tools.append(Declared(name, inner.text("description", ""), parameters))
-    return [] if choice == "none" else tools
+    if isinstance(fields.get("tool_choice"), dict):
+        outer = Fields(fields.get("tool_choice"), ("type", "function"), "tool_choice")
+        outer.choice("type", "function", ("function",))
+        name = Fields(outer.get("function"), ("name",), "tool_choice.function").text("name")
+        if name not in [tool.name for tool in tools]:
+            raise fields.wrong("tool_choice", f"there is no {name[:64]!r} in tools: name one that is, or add it")
+        return Offer(tuple(tools), (name,))
+    choice = fields.choice("tool_choice", "auto", ("auto", "none", "required"))
+    if choice == "required" and not tools:
+        raise fields.wrong("tool_choice", "there are no tools to call: give some, or use auto")
+    forced = tuple(tool.name for tool in tools) if choice == "required" else ()
+    return Offer() if choice == "none" else Offer(tuple(tools), forced)
 
 
-def described(conversation: Conversation, tools: list[Declared], template: ChatTemplate) -> Conversation:
-    """With what the tools are in the system's turn; those that our own assistants are trained with they know."""
-    if isinstance(template, MarkerTemplate) and all(tool.name in TOOLS for tool in tools):
-        return conversation
-    lines = [json.dumps(tool._asdict(), ensure_ascii=False) for tool in tools]
-    text = "\n".join(["You may call these tools:", *lines])
-    if conversation and conversation[0].role == "system":
-        first = conversation[0]._replace(content=f"{conversation[0].content}\n\n{text}")
-        return (first, *conversation[1:])
-    return (Message("system", text), *conversation)
-
-
-def as_json(call: ToolCall, tools: list[Declared]) -> dict[str, Any]:
+def as_json(call: ToolCall, tools: Sequence[Declared]) -> dict[str, Any]:
     """A call of the model's, for the client."""
     id, arguments = f"call_{secrets.token_hex(12)}", call.arguments
     if not isinstance(_parsed(arguments), dict):

@@ -1,6 +1,7 @@
 """Verbs in which a model writes: sample, chat, rank."""
 
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags as f
 from absl.flags import FlagValues
@@ -9,6 +10,10 @@ from llmlab.core.errors import UserError, nearest
 from llmlab.core.flags import define_workdir, none_left, required
 from llmlab.verbs.common import CHAT_TEMPERATURE, Verb, define_sampling, sampling, start_jax, tools
 from llmlab.verbs.indexing import finder
+
+if TYPE_CHECKING:
+    from llmlab.data.tokenizer import Tokenizer
+    from llmlab.infer.tools import FunctionTool
 
 
 def _define_sample(flags: FlagValues, argv: list[str]) -> None:
@@ -58,9 +63,23 @@ def _chat(flags: FlagValues, rest: list[str]) -> None:
     from llmlab.infer.terminal import Terminal
 
     opened = llmlab.open(workdir)
+    if not flags["tools"].present and not _may_be_told(opened.tokenizer, called):
+        called = {}  # nobody asked for them
     find = finder(opened, flags.index, flags.passages) if flags.index else None
     settings = {"system": flags.system, "tools": called, "allowed": flags.allow, "max_calls": flags.max_calls}
     chat_command(opened, Terminal(), find=find, **settings, **sampling(flags))
+
+
+def _may_be_told(tokenizer: "Tokenizer", tools: dict[str, "FunctionTool"]) -> bool:
+    """Whether the model that this tokenizer is of has a way to be told of tools."""
+    from llmlab.data.chat import template_for
+    from llmlab.infer.tools import told
+
+    try:
+        told(template_for(tokenizer), tools)
+    except UserError:
+        return False
+    return True
 
 
 def _define_rank(flags: FlagValues, argv: list[str]) -> None:
