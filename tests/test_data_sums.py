@@ -9,7 +9,7 @@ from llmlab.core.errors import UserError
 from llmlab.data import sums
 from llmlab.data.chat import Example
 
-PAIRS = [(a, b) for a in range(0, 4000, 97) for b in range(0, 90_000, 3011)]
+PAIRS = [(a, b) for a in range(10, 4000, 97) for b in range(10, 90_000, 3011)]
 
 
 def test_right_answers():
@@ -23,8 +23,9 @@ def test_slips_are_wrong(slip):
     rng = random.Random(0)
     for a, b in PAIRS:
         wrong, right = sums.answer(a, b, slip, rng), sums.answer(a, b)
-        assert wrong.content != right.content
-        assert (wrong.thinking == right.thinking) == (slip == "answer")
+        assert wrong.thinking != right.thinking
+        # A column of zeros that is left out changes nothing else.
+        assert wrong.content != right.content or slip == "column"
 
 
 def test_sides_share_no_sum():

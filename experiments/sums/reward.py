@@ -8,7 +8,7 @@ import dataclasses
 from llmlab.data import text
 from llmlab.objective import RewardConfig
 from llmlab.train.config import begun_from, experiment, run
-from llmlab.train.optimizer import adamw
+from llmlab.train.optimizer import muon
 
 
 def get_config(arg=""):
@@ -23,14 +23,14 @@ def get_config(arg=""):
             tokenizer=tokenizer,
         ),
         objective=RewardConfig(),
-        optimizer=adamw(learning_rate=2e-3, warmup=20, final=0.02),
+        optimizer=muon(learning_rate=3e-3, warmup=20, final=0.02),
         run=run(
             init_from="" if tiny else arg,
-            steps=4 if tiny else 300,
-            eval_every=2 if tiny else 100,
+            steps=4 if tiny else 600,
+            eval_every=2 if tiny else 200,
             eval_batches=0,
             sample_every=0,
-            checkpoint_every=2 if tiny else 100,
+            checkpoint_every=2 if tiny else 200,
             log_every=1 if tiny else 20,
         ),
     )

@@ -19,14 +19,15 @@ TRAINING_EXAMPLES = 24_000
 HELD_OUT_EXAMPLES = 400
 HELD_OUT = 0.05
 ASKED = ("What is {a} + {b}?", "How much is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?")
-SLIPS = ("digit", "carry", "answer")
+SLIPS = ("digit", "carry", "copy", "column")
 
 
 def sums(rows: str, split: Split) -> Iterator[tuple[str, str]]:
     """(name, row) of sums, each the JSON of an `Example`, always the same.
 
     `chat`: a question, and the right answer with its thinking. `preference`: beside the right answer one with a slip,
-    and its kind: a wrong digit in a column, a carry forgotten or made up, or a wrong digit in the answer alone.
+    and its kind: a column that is added up wrongly, a carry forgotten or made up, a digit copied wrongly from the
+    question, or a column left out. Whatever follows is right for what was written.
 
     Raises:
       UserError: there are no such rows.
@@ -58,10 +59,15 @@ def answer(a: int, b: int, slip: str = "", rng: random.Random | None = None) -> 
     rng = rng or random.Random(0)
     ones_a, ones_b = (list(map(int, reversed(str(number)))) for number in (a, b))
     columns = max(len(ones_a), len(ones_b))
-    wrong = rng.randrange(columns) if slip in ("digit", "carry") else -1
+    wrong = rng.randrange(columns) if slip else -1
     thought, digits, carry = [], "", 0
     for column in range(columns):
+        if column == wrong and slip == "column":
+            continue
         parts = [ones[column] for ones in (ones_a, ones_b) if column < len(ones)]
+        if column == wrong and slip == "copy":
+            at = rng.randrange(len(parts))
+            parts[at] = rng.choice([digit for digit in range(10) if digit != parts[at]])
         if column == wrong and slip == "carry":
             carry = 1 - carry
         parts += [carry] * (carry > 0)
@@ -70,11 +76,8 @@ def answer(a: int, b: int, slip: str = "", rng: random.Random | None = None) -> 
             total = rng.choice([other for other in range(max(0, total - 9), total + 10) if other != total])
         thought.append(f"{' + '.join(map(str, parts))} = {total}")
         carry, digits = total // 10, f"{total % 10}{digits}"
-    found = f"{carry}{digits}" if carry else digits
-    if slip == "answer":
-        at = rng.randrange(len(found))
-        found = found[:at] + rng.choice([digit for digit in "123456789" if digit != found[at]]) + found[at + 1 :]
-    return Message("assistant", f"It is {int(found)}.", thinking=", ".join(thought))
+    found = int(f"{carry}{digits}")
+    return Message("assistant", f"It is {found}.", thinking=", ".join(thought))
 
 
 def _example(rows: str, a: int, b: int, rng: random.Random) -> Example:
