@@ -23,14 +23,14 @@ def get_config(arg=""):
             tokenizer=tokenizer,
         ),
         objective=RewardConfig(),
-        optimizer=muon(learning_rate=3e-3, warmup=20, final=0.02),
+        optimizer=muon(learning_rate=1e-3, warmup=20, final=0.02),
         run=run(
             init_from="" if tiny else arg,
-            steps=4 if tiny else 600,
-            eval_every=2 if tiny else 200,
+            steps=4 if tiny else 500,
+            eval_every=2 if tiny else 100,
             eval_batches=0,
             sample_every=0,
-            checkpoint_every=2 if tiny else 200,
+            checkpoint_every=2 if tiny else 100,
             log_every=1 if tiny else 20,
         ),
     )
