@@ -5,11 +5,12 @@ BIN = $(VENV)/bin
 WORKDIR ?= runs/quickstart
 INSTALLED = $(VENV)/.installed
 PARITY_INSTALLED = $(VENV)/.parity-installed
+BROWSER_INSTALLED = $(VENV)/.browser-installed
 
 ASSISTANT ?= runs/assistant
 SEED ?= 0
 
-.PHONY: quickstart assistant test test-parity test-slow check lock bench clean
+.PHONY: quickstart assistant test test-parity test-slow test-browser check lock bench clean
 
 quickstart: $(INSTALLED)  ## train, evaluate and sample a small language model, offline
 	$(BIN)/llmlab train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -45,6 +46,9 @@ test-parity: $(PARITY_INSTALLED)  ## the same numbers as PyTorch, transformers, 
 test-slow: $(INSTALLED)  ## what takes minutes, kills processes or fills a disk
 	$(BIN)/python -m pytest -m slow
 
+test-browser: $(BROWSER_INSTALLED)  ## the chat page in Chromium; the trained assistant in it, where there is one
+	LLMLAB_ASSISTANT=$(wildcard $(ASSISTANT)/dpo) $(BIN)/python -m pytest -m slow tests/test_serve_page.py
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -77,6 +81,12 @@ $(PARITY_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'peft>=0.17,<1'
 	$(BIN)/pip install --quiet --disable-pip-version-check 'trl>=1.16,<1.17'
 	$(BIN)/pip install --quiet --disable-pip-version-check 'lm_eval[api]>=0.4.13,<0.4.14'
+	touch $@
+
+# A Chromium that is there already will do.
+$(BROWSER_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'playwright>=1.50,<2'
+	command -v chromium chromium-browser google-chrome || $(BIN)/playwright install chromium-headless-shell
 	touch $@
 
 clean:

@@ -5,15 +5,18 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
 
+from llmlab.data.chat import Message
 from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.engine import Engine, EngineConfig
+from llmlab.infer.request import Request
 from llmlab.infer.service import Service
 from llmlab.model.transformer import make_model
 from llmlab.serve.app import make_app
@@ -80,3 +83,82 @@ def running(
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for it, 20 seconds at most."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+class Scripted:
+    """Lets a model say what a test wants, one answer after the other; a model that is told nothing says anything.
+
+    asked: the requests so far.
+    """
+
+    def __init__(self, model: Served):
+        self.asked: list[Request] = []
+        self.vocab = model.opened.model.config.vocab_size
+        self._model, self._submit = model, model.service.submit
+        self._turns, self._held = list[_Script](), list[threading.Event]()
+        model.service.submit = self._begin  # type: ignore[method-assign]
+
+    def says(self, *answers: Message | str, hold: int | None = None) -> threading.Event:
+        """The next answers: turns, or texts that go on from a prompt. After `hold` tokens all waits for the event."""
+        going = threading.Event()
+        self._held.append(going)
+        self._turns += [_Script(self._ids(answer), hold, going, self) for answer in answers]
+        return going
+
+    def forget(self) -> None:
+        """What was asked so far, and what was still to be said."""
+        for going in self._held:
+            going.set()
+        for each in (self.asked, self._turns, self._held):
+            each.clear()
+
+    def take(self) -> "_Script | None":
+        """What comes next."""
+        return self._turns.pop(0) if self._turns else None
+
+    def _ids(self, answer: Message | str) -> list[int]:
+        tokenizer, template = self._model.opened.tokenizer, self._model.template
+        if isinstance(answer, str):
+            return [*tokenizer.encode(answer), tokenizer.eos_id]
+        assert template is not None
+        asked = (Message("user", "x"),)
+        before = len(template.render(asked, generate=True).ids)
+        return template.render((*asked, answer)).ids[before:]
+
+    def _begin(self, *requests: Request, n: int = 1) -> Any:
+        self.asked += requests
+        return self._submit(*(dataclasses.replace(request, limit=self.take()) for request in requests), n=n)
+
+
+class _Script:
+    """Leaves one token at a time to choose from."""
+
+    def __init__(self, ids: list[int], hold: int | None, going: threading.Event, scripted: Scripted):
+        self._ids, self._hold, self._going, self._scripted, self._place = ids, hold, going, scripted, 0
+
+    def fresh(self) -> "_Script":
+        following = self._scripted.take()
+        assert following is not None, "a request for several answers needs as many"
+        return following
+
+    def ready(self, within: float) -> bool:
+        return True
+
+    def allowed(self) -> np.ndarray:
+        if self._place == self._hold:
+            self._going.wait(60)
+        words = np.zeros(-(-self._scripted.vocab // 32), np.uint32)
+        id = self._ids[min(self._place, len(self._ids) - 1)]
+        words[id // 32] = np.uint32(1 << id % 32)
+        return words
+
+    def accept(self, token: int) -> None:
+        self._place += 1

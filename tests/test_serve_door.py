@@ -5,14 +5,13 @@ import contextlib
 import json
 import socket
 import threading
-import time
 
 import httpx
 import openai
 import pytest
 
 from llmlab.serve.limits import Limits
-from tests.serve_for_tests import CONFIG, opened_model, running
+from tests.serve_for_tests import CONFIG, opened_model, running, until
 
 KEY = "a-key-of-some-length"
 LONG = {"prompt": "the", "max_tokens": 250, "ignore_eos": True}
@@ -34,13 +33,6 @@ def server(opened, tmp_path_factory):
 def keyed(opened, tmp_path_factory):
     with running(tmp_path_factory.mktemp("serve"), {"tiny": opened}, keys=(KEY, "another-key-of-some-length")) as made:
         yield made
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def at_rest(service):
