@@ -17,11 +17,12 @@ from llmlab.data.tokenizer import TokenizerConfig
 from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request
+from llmlab.infer.retrieval import IndexConfig, build
 from llmlab.infer.service import Service
 from llmlab.model.transformer import make_model
 from llmlab.serve.app import make_app
 from llmlab.serve.limits import Limits
-from llmlab.serve.models import Served, served
+from llmlab.serve.models import Find, Served, served
 from llmlab.workdir.open import Opened
 from tests.helpers import random_params, tiny_llama
 
@@ -56,15 +57,28 @@ def opened_model(*, chat: bool = True, seed: int = 7, reach: int = REACH) -> Ope
     return Opened(model, random_params(model, seed=seed), tokenizer, 5, {})
 
 
+def indexed(folder: Path) -> Find:
+    """What finds passages in an index of two files."""
+    for name, text in (("fox.md", "The fox jumps over the lazy dog."), ("cat.md", "The cat jumps over nobody.")):
+        (folder / name).write_text(text)
+    index = build(IndexConfig((str(folder / "*.md"),)))
+    return lambda question: index.search(question, 2)
+
+
 @contextlib.contextmanager
 def running(
-    folder: Path, opened: dict[str, Opened], *, queue: int = 8, limits: Limits = Limits(), **given: Any
+    folder: Path,
+    opened: dict[str, Opened],
+    *,
+    queue: int = 8,
+    limits: Limits = Limits(),
+    find: Find | None = None,
+    **given: Any,
 ) -> Iterator[Running]:
     """The server, until the block is left."""
+    votes = str(folder / "votes.jsonl")
     models = {
-        name: served(
-            name, model, Service(Engine(model.model, model.params, CONFIG), queue), str(folder / "votes.jsonl")
-        )
+        name: served(name, model, Service(Engine(model.model, model.params, CONFIG), queue), votes, find)
         for name, model in opened.items()
     }
     app = make_app(models, limits=limits, **given)

@@ -12,7 +12,8 @@ import pytest
 
 from llmlab.data.chat import Message, ToolCall
 from llmlab.data.rows import examples
-from tests.serve_for_tests import REACH, opened_model, running
+from llmlab.infer.retrieval import asked_with
+from tests.serve_for_tests import REACH, Scripted, indexed, opened_model, running
 
 MESSAGES = [{"role": "user", "content": "Hello 🙂"}]
 TOOL = {
@@ -220,6 +221,38 @@ def test_a_vote_is_a_row_that_reward_models_train_on(server):
     (example,) = examples(row, "preference")
     assert [response.conversation[-1].content for response in example.responses] == ["yes", "no"]
     assert httpx.post(f"{server.url}/v1/preferences", json=vote | {"rejected": "yes"}).status_code == 400
+
+
+def test_passages_stand_before_the_last_question(server, tmp_path):
+    find, question = indexed(tmp_path), "Does a lazy fox or a cat jump?"
+    found = find(question)
+    history = [*MESSAGES, {"role": "assistant", "content": "Hi."}, {"role": "user", "content": question}]
+    heard = (Message("user", "Hello 🙂"), Message("assistant", "Hi."))
+    with running(tmp_path, {"tiny": opened_model(reach=1024)}, find=find) as made:
+        assert httpx.get(f"{made.url}/v1/models").json()["data"][0]["index"]
+        script, template = Scripted(made.models["tiny"]), made.models["tiny"].template
+
+        def ask(**more):
+            body = {"messages": history, "passages": True} | more
+            return httpx.post(f"{made.url}/v1/chat/completions", json=body, timeout=60)
+
+        script.says(*[Message("assistant", "It does [1].")] * 4)
+        given = [{"source": each.passage.source, "text": each.passage.text} for each in found]
+        assert [each["source"] for each in given] == ["fox.md:1-1", "cat.md:1-1"]
+        assert ask().json()["passages"] == given
+        whole = template.render((*heard, asked_with(found, question)), generate=True).ids
+        assert script.asked[-1].prompt == tuple(whole)
+        # The answer's room comes first, then the passages, then what was said before.
+        alone = len(template.render((asked_with(found, question),), generate=True).ids)
+        assert ask(max_tokens=1024 - alone, truncation="middle").json()["passages"] == given
+        assert len(script.asked[-1].prompt) == alone
+        assert ask(max_tokens=1025 - alone, truncation="middle").json()["passages"] == given[:1]
+        chunks = [json.loads(line[6:]) for line in ask(stream=True).text.split("\n\n") if line[6:7] == "{"]
+        assert [chunk.get("passages") for chunk in chunks] == [given] + [None] * (len(chunks) - 1)
+        assert ask(messages=[{"role": "system", "content": "x"}]).status_code == 400
+    refused = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": MESSAGES, "passages": True})
+    assert refused.status_code == 400
+    assert "llmlab serve --index=DIR" in refused.json()["error"]["message"]
 
 
 def test_own_tools_run(server):

@@ -18,12 +18,12 @@ from llmlab.data.chat import Example, Message, ToolCall
 from llmlab.data.config import DataConfig
 from llmlab.data.sources import Report, documents
 from tests.runs import ROOT
-from tests.serve_for_tests import Scripted, opened_model, running, until
+from tests.serve_for_tests import Scripted, indexed, opened_model, running, until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="`make test-browser` installs Playwright, and runs this")
 pytestmark = pytest.mark.slow
 expect = sync_api.expect
-expect.set_options(timeout=30_000)  # an engine compiles a shape when it is first met
+expect.set_options(timeout=120_000)  # an engine compiles a shape when it is first met
 
 PHONE, DESKTOP = (390, 844), (1280, 800)
 KEY = "a-key-of-some-length"
@@ -89,7 +89,7 @@ def visit(browser, server, wrong):
             is_mobile=touch,
         )
         contexts.append(context)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         page.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -459,7 +459,7 @@ def test_by_keyboard_alone(visit, assistant):
     focused("button", "Regenerate")
 
 
-FILLED = """() => [...document.querySelectorAll("button, select, input, textarea, [role=tab]")]
+FILLED = """() => [...document.querySelectorAll("button, select, input, textarea, summary")]
   .filter((each) => each.checkVisibility())
   .map((each) => (each.type === "checkbox" ? each.closest("label") : each))
   .map((each) => [each.id || each.textContent.trim(), each.getBoundingClientRect().toJSON()])"""
@@ -532,6 +532,30 @@ def test_every_view_fits_and_can_be_read(visit, assistant, size, scheme):
     page.get_by_label("Text to split into tokens").fill(TEXT * 20)
     expect(page.locator("#ids")).not_to_be_empty()
     assert_fits(page, size)
+
+
+def test_an_answer_from_files_shows_its_sources(visit, tmp_path):
+    with running(tmp_path, {"tiny": opened_model(reach=1024)}, find=indexed(tmp_path)) as made:
+        script, page = Scripted(made.models["tiny"]), visit(PHONE, url=made.url)
+        ask(page, script, "Does a lazy fox or a cat jump?", Message("assistant", "It does [1]."))
+        sources = page.locator(".sources")
+        expect(sources.locator("summary")).to_have_text("Sources: [1] fox.md:1-1")
+        expect(sources).not_to_contain_text("lazy dog", use_inner_text=True)
+        sources.locator("summary").click()
+        expect(sources).to_contain_text("[1] fox.md:1-1The fox jumps over the lazy dog.")
+        expect(sources).to_contain_text("[2] cat.md:1-1")
+        assert_fits(page, PHONE)
+        adjust(page, passages=False)
+        ask(page, script, "And a cat?", Message("assistant", "It does."))
+        expect(sources).to_have_count(1)
+        # What was said before is kept as it was typed: passages come with the last question alone.
+        heard = (
+            Message("user", "Does a lazy fox or a cat jump?"),
+            Message("assistant", "It does [1]."),
+            Message("user", "And a cat?"),
+        )
+        assert script.asked[-1].prompt == tuple(made.models["tiny"].template.render(heard, generate=True).ids)
+        page.close()  # before its server goes
 
 
 def test_a_reload_begins_anew_and_nothing_was_kept(visit, server, assistant):

@@ -91,8 +91,9 @@ async def _model(request: HttpRequest) -> Response:
 
 
 def _listed(model: Served) -> dict[str, object]:
-    listed = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llmlab"}
-    return listed | {"max_model_len": model.reach, "chat": model.template is not None, "step": model.opened.step}
+    listed: dict[str, object] = {"id": model.name, "object": "model", "created": model.created, "owned_by": "llmlab"}
+    listed |= {"max_model_len": model.reach, "step": model.opened.step}
+    return listed | {"chat": model.template is not None, "index": model.find is not None}
 
 
 async def _tools(request: HttpRequest) -> Response:

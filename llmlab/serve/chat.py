@@ -15,11 +15,13 @@ from llmlab.data.chat import ChatTemplate, Conversation, Message, Piece, prompt_
 from llmlab.data.rows import conversation
 from llmlab.infer.engine_step import TOP
 from llmlab.infer.request import CUT, Event, Request
+from llmlab.infer.retrieval import Found, asked_with
 from llmlab.infer.service import Ticket
 from llmlab.infer.spoken import Spoken
 from llmlab.infer.text_stream import Stops
 from llmlab.serve.completions import usage_of
 from llmlab.serve.door import stack_of
+from llmlab.serve.embeddings import vectors
 from llmlab.serve.errors import ApiError, Json
 from llmlab.serve.fields import Fields, fields_of
 from llmlab.serve.formats import call_limit, limit_for
@@ -32,7 +34,7 @@ from llmlab.serve.tools import Declared, Offer, as_json, as_said, offered
 
 FIELDS = (
     *(*SETTINGS, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
-    *("tools", "tool_choice", "truncation"),
+    *("tools", "tool_choice", "truncation", "passages"),
 )
 
 TRIMMED_TURNS = 4  # for each position of the model, at most
@@ -48,6 +50,10 @@ async def chat(request: HttpRequest) -> Response:
     ticket = stack_of(request.scope).enter_context(model.service.admit(settings.n))
     if offer.tools:
         template = template.with_tools(offer.entries())
+    beside: dict[str, Any] = {}
+    if fields.flag("passages"):
+        turns, found = await _with_passages(fields, model, template, turns)
+        beside["passages"] = [{"source": each.passage.source, "text": each.passage.text} for each in found]
     prompt, most = await _prompt(fields, model, template, turns, offer)
     sampling, form = settings.sampling, template.call_form(prompt)
     if fields.get("tool_choice") == "none" and form and isinstance(form.before[0], int):
@@ -82,8 +88,8 @@ async def chat(request: HttpRequest) -> Response:
     ]
     pieces = _pieces(ticket, choices, limits.seconds)
     if settings.stream:
-        return event_stream(_chunks(pieces, head, model, settings, len(prompt), want_scores))
-    return Json(head | await _whole(pieces, model, settings, len(prompt), want_scores))
+        return event_stream(_chunks(pieces, head, beside, model, settings, len(prompt), want_scores))
+    return Json(head | beside | await _whole(pieces, model, settings, len(prompt), want_scores))
 
 
 def template_of(model: Served) -> ChatTemplate:
@@ -181,13 +187,20 @@ async def _pieces(ticket: Ticket, choices: Sequence[_Choice], seconds: float) ->
 
 
 async def _chunks(
-    pieces: AsyncIterator[_Piece], head: dict[str, Any], model: Served, settings: Asked, prompt: int, want_scores: bool
+    pieces: AsyncIterator[_Piece],
+    head: dict[str, Any],
+    beside: dict[str, Any],
+    model: Served,
+    settings: Asked,
+    prompt: int,
+    want_scores: bool,
 ) -> AsyncIterator[dict[str, Any]]:
+    """beside: what comes once, with the first of them."""
     head = head | {"object": "chat.completion.chunk"}
     usage: dict[str, Any] = {"usage": None} if settings.usage else {}
     for index in range(settings.n):
         role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        yield head | {"choices": [role]} | usage
+        yield head | {"choices": [role]} | usage | (beside if index == 0 else {})
     written = 0
     async for piece in pieces:
         written += piece.tokens if piece.finish else 0
@@ -228,18 +241,53 @@ async def _whole(
     return {"object": "chat.completion", "choices": choices, "usage": usage}
 
 
+async def _with_passages(
+    fields: Fields, model: Served, template: ChatTemplate, turns: Conversation
+) -> tuple[Conversation, list[Found]]:
+    """The conversation, and the passages that now stand before its last question: as many as there is room for."""
+    if model.find is None:
+        raise fields.wrong("passages", "there is no index here: llmlab serve --index=DIR serves with one")
+    questions = [place for place, turn in enumerate(turns) if turn.role == "user"]
+    if not questions:
+        raise fields.wrong("passages", "there is no turn of the user's to find any for")
+    before, question, after = turns[: questions[-1]], turns[questions[-1]].content, turns[questions[-1] + 1 :]
+    if len(question) > model.reach * model.longest_token:  # for which there is no room in any case
+        return turns, []
+    found = await vectors(model.find, question)
+    system = [turn for turn in turns if turn.role == "system"]
+    room = model.reach - _answer_room(fields, model)
+
+    def fitting() -> list[Found]:
+        fits = found
+        while fits and len(prompt_of(template, (*system, asked_with(fits, question), *after))) > room:
+            fits = fits[:-1]
+        return fits
+
+    found = await reading(fitting)
+    return (*before, asked_with(found, question), *after), found
+
+
+def _limit_name(fields: Fields) -> str:
+    return "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+
+
+def _answer_room(fields: Fields, model: Served) -> int:
+    """The positions that are kept for the answer."""
+    return fields.integer(_limit_name(fields), max(1, model.reach // 4), 1, model.reach)
+
+
 async def _prompt(
     fields: Fields, model: Served, template: ChatTemplate, turns: Conversation, offer: Offer
 ) -> tuple[list[int], int]:
     """The ids of the conversation with an answer opened, and how many tokens that may have."""
-    name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    name = _limit_name(fields)
     truncation = fields.choice("truncation", "none", ("none", "middle"))
     size = sum(len(turn.content) for turn in turns) + sum(len(str(tool)) for tool in offer.tools)
     if truncation == "none" and size > model.reach * model.longest_token:
         why = f"{size:,} characters are more than the model's {model.reach:,} positions hold: shorten them"
         raise fields.wrong("messages", why, code="context_length_exceeded")
     if truncation == "middle":
-        room = model.reach - fields.integer(name, max(1, model.reach // 4), 1, model.reach)
+        room = model.reach - _answer_room(fields, model)
         if len(turns) > TRIMMED_TURNS * model.reach:
             why = f"{len(turns):,} turns are more than can be trimmed for {model.reach:,} positions: send fewer"
             raise fields.wrong("messages", why, code="context_length_exceeded")

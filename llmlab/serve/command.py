@@ -18,7 +18,7 @@ from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.service import Service
 from llmlab.serve.app import make_app
 from llmlab.serve.limits import Limits
-from llmlab.serve.models import Served, served
+from llmlab.serve.models import Find, Served, served
 from llmlab.workdir.open import Opened
 
 
@@ -54,8 +54,12 @@ class ServeConfig:
             )
 
 
-def serve_command(config: ServeConfig, open_model: Callable[[str], Opened]) -> None:
+def serve_command(
+    config: ServeConfig, open_model: Callable[[str], Opened], finder: Callable[[Opened], Find] | None = None
+) -> None:
     """Serves until SIGTERM or Ctrl-C; what was admitted by then is finished first.
+
+    finder: makes what finds passages for a model's questions, where there is an index.
 
     Raises:
       UserError: a workdir, a key file or an address that cannot be used.
@@ -69,10 +73,11 @@ def serve_command(config: ServeConfig, open_model: Callable[[str], Opened]) -> N
         opened = open_model(folder)
         # As the engine would have them, which otherwise keeps weights of its own beside these.
         opened = opened._replace(params=jax.jit(opened.model.unstack)(opened.params))
+        find = finder(opened) if finder else None
         engine = Engine(opened.model, opened.params, config.engine)
         _compile(engine, name)
         votes = config.preferences or str(Path(folder) / "preferences.jsonl")
-        models[name] = served(name, opened, Service(engine, config.queue, name), votes)
+        models[name] = served(name, opened, Service(engine, config.queue, name), votes, find)
     hosts = () if keys or config.open else (config.host,)
     app = make_app(models, keys=keys, hosts=hosts, limits=config.limits)
     # uvicorn raises the signal that has stopped it once more when all is done; by then it has no more to say.

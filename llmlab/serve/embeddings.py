@@ -12,7 +12,7 @@ from llmlab.serve.fields import fields_of
 from llmlab.serve.models import chosen, limits_of
 from llmlab.serve.prompts import ids_of, prompts_of
 
-_vectors = Beside("vectors")  # one text at a time: beside it the engine goes on
+vectors = Beside("vectors")  # one text at a time: beside it the engine goes on
 
 
 async def embeddings(request: HttpRequest) -> Response:
@@ -27,7 +27,7 @@ async def embeddings(request: HttpRequest) -> Response:
         model.embedder.check(ids)
     data: list[dict[str, Any]] = []
     for index, ids in enumerate(texts):
-        vector_D = (await _vectors(model.embedder.of_ids, [ids]))[0]
+        vector_D = (await vectors(model.embedder.of_ids, [ids]))[0]
         shown = vector_D.tolist() if form == "float" else base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
         data.append({"object": "embedding", "index": index, "embedding": shown})
     count = sum(map(len, texts))

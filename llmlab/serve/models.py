@@ -12,6 +12,7 @@ from llmlab.core.errors import UserError, nearest
 from llmlab.data.chat import ChatTemplate, template_for
 from llmlab.infer.embed import Embedder
 from llmlab.infer.request import Event
+from llmlab.infer.retrieval import Found
 from llmlab.infer.service import Service, Ticket
 from llmlab.infer.structured import Structures
 from llmlab.serve.errors import ApiError
@@ -19,12 +20,14 @@ from llmlab.serve.fields import Fields
 from llmlab.serve.limits import Limits
 from llmlab.workdir.open import Opened
 
+Find = Callable[[str], list[Found]]
+
 
 class Served(NamedTuple):
     """One model. template: None where its tokenizer has none: it completes, and does not chat.
 
     preferences: the file that votes on its answers are appended to. structures: what limits answers that end with these
-    ids to a form.
+    ids to a form. find: what gives passages to a question; None where there is no index.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Served(NamedTuple):
     longest_token: int
     embedder: Embedder
     structures: Callable[[tuple[int, ...]], Structures]
+    find: Find | None
 
     @property
     def reach(self) -> int:
@@ -43,7 +47,7 @@ class Served(NamedTuple):
         return self.opened.model.config.max_positions
 
 
-def served(name: str, opened: Opened, service: Service, preferences: str) -> Served:
+def served(name: str, opened: Opened, service: Service, preferences: str, find: Find | None = None) -> Served:
     """A model under this name."""
     try:
         template = template_for(opened.tokenizer)
@@ -54,7 +58,7 @@ def served(name: str, opened: Opened, service: Service, preferences: str) -> Ser
     vocab_size = opened.model.config.vocab_size
     structures = functools.cache(lambda stop_ids: Structures(opened.tokenizer, vocab_size, stop_ids))
     created = int(time.time())
-    parts = (preferences, created, longest, embedder, structures)
+    parts = (preferences, created, longest, embedder, structures, find)
     return Served(name, opened, service, template, *parts)
 
 

@@ -6,6 +6,7 @@ from absl.flags import FlagValues
 from llmlab.core.errors import UserError
 from llmlab.core.flags import none_left
 from llmlab.verbs.common import Verb, start_jax
+from llmlab.verbs.indexing import finder
 
 
 def _define_serve(flags: FlagValues, argv: list[str]) -> None:
@@ -20,6 +21,10 @@ def _define_serve(flags: FlagValues, argv: list[str]) -> None:
     f.DEFINE_integer("prefill", 128, "Tokens of a prompt that are read at a time.", flag_values=flags)
     f.DEFINE_bool("int8", False, "Keep keys and values in 8 bits.", flag_values=flags)
     f.DEFINE_float("seconds", 600.0, "The longest that one request may take.", flag_values=flags)
+    f.DEFINE_string(
+        "index", "", "What `llmlab index` made: passages for who asks with passages=true.", flag_values=flags
+    )
+    f.DEFINE_integer("passages", 3, "Passages that come with a question.", lower_bound=1, flag_values=flags)
     f.DEFINE_string("preferences", "", "Where votes go; else preferences.jsonl in the workdir.", flag_values=flags)
 
 
@@ -47,13 +52,15 @@ def _serve(flags: FlagValues, rest: list[str]) -> None:
         engine=EngineConfig(slots=flags.slots, pages=flags.pages, prefill=flags.prefill, int8=flags.int8),
         limits=Limits(seconds=flags.seconds),
     )
-    serve_command(config, llmlab.open)
+    serve_command(
+        config, llmlab.open, (lambda opened: finder(opened, flags.index, flags.passages)) if flags.index else None
+    )
 
 
 VERBS = {
     "serve": Verb(
         "answer OpenAI's API, and show a page to talk to",
-        "--workdir=DIR [--port=8000]",
+        "--workdir=DIR [--port=8000] [--index=DIR]",
         "Example:  llmlab serve --workdir=runs/assistant/dpo   then open http://127.0.0.1:8000\n"
         "\n"
         "Any client of OpenAI's works:  OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none'). Also there:\n"
