@@ -1,7 +1,7 @@
 """What the engine is asked, and what it answers: a request, and events, one for each token."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -28,6 +28,13 @@ class Limit(Protocol):
 
     def accept(self, token: int) -> None:
         """This one it was."""
+
+
+def token_bits(ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """These tokens alone, as `Limit.allowed` gives them."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, bool)
+    bits[list(ids)] = True
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)

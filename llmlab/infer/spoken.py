@@ -1,6 +1,6 @@
 """What an assistant says, as its ids come: text, thinking and whole calls, free of markers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from llmlab.data.chat import ChatTemplate, Message, Piece, joined
@@ -50,3 +50,12 @@ def markers_of(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids that are no text."""
     plain = (tokenizer.encode(marker) for marker in _PLAIN_MARKERS)
     return frozenset([*tokenizer.control.values(), *(ids[0] for ids in plain if len(ids) == 1)])
+
+
+def texts_of(tokenizer: Tokenizer, vocab_size: int, stop_ids: Iterable[int] = ()) -> list[bytes]:
+    """The text of every id of a model with `vocab_size` logits; none of a marker, an end, or what is no token."""
+    ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, *stop_ids}
+    no_text = {*markers_of(tokenizer), *ends}
+    known = range(min(tokenizer.vocab_size, vocab_size))
+    texts = [b"" if id in no_text else tokenizer.decode_bytes([id]) for id in known]
+    return texts + [b""] * (vocab_size - len(texts))

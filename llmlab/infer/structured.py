@@ -24,7 +24,8 @@ from llmlab.core.errors import UserError
 from llmlab.data.chat import CallForm
 from llmlab.data.tokenizer import Tokenizer
 from llmlab.infer import structured_trial
-from llmlab.infer.spoken import markers_of
+from llmlab.infer.request import token_bits
+from llmlab.infer.spoken import texts_of
 from llmlab.infer.structured_schema import check_schema
 
 Kind = Literal["schema", "regex", "grammar", "call"]
@@ -86,9 +87,8 @@ class Structures:
         self._parser_limits = llguidance.LLParserLimits(max_lexer_states=limits.states, verbose_errors=False)
         self._kept: collections.OrderedDict[tuple[str, str], _Structure] = collections.OrderedDict()
         self._lock = threading.Lock()
-        self._words = -(-vocab_size // 32)
-        self._text_W = _bits(self._vocabulary.text, self._words)
-        self._stops_W = _bits(stop_ids, self._words)
+        self._text_W = token_bits(self._vocabulary.text, vocab_size)
+        self._stops_W = token_bits(stop_ids, vocab_size)
 
     def schema(self, schema: Mapping[str, Any] | bool | str) -> "StructureLimit":
         """JSON that a JSON schema, or the text of one, describes; keys come in the schema's order.
@@ -161,7 +161,9 @@ class Structures:
                 self._kept[kind, text] = structure
                 while len(self._kept) > self.limits.kept:
                     self._kept.popitem(last=False)
-        return StructureLimit(structure, self._text_W | _bits(markers, self._words), self._stops_W)
+        return StructureLimit(
+            structure, self._text_W | token_bits(markers, len(self._vocabulary.tokens)), self._stops_W
+        )
 
     def _check_length(self, kind: Kind, text: str) -> None:
         if len(text) > self.limits.characters:
@@ -188,7 +190,13 @@ class Structures:
             first.compute_bitmask()
         if wrong := first.get_error() or next(iter(first.get_grammar_warnings()), ""):
             raise UserError(f"the {kind} cannot be enforced: {_line(wrong)}")
-        if not StructureLimit(structure, self._text_W | _bits(markers, self._words), self._stops_W).allowed().any():
+        if (
+            not StructureLimit(
+                structure, self._text_W | token_bits(markers, len(self._vocabulary.tokens)), self._stops_W
+            )
+            .allowed()
+            .any()
+        ):
             raise UserError(f"the {kind} cannot be enforced: this tokenizer has no token that it could begin with")
         return structure
 
@@ -274,11 +282,7 @@ class _Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.unk_id, *stop_ids}
-        no_text = {*markers_of(tokenizer), *ends}
-        known = range(min(tokenizer.vocab_size, vocab_size))
-        self.tokens = [b"" if id in no_text else tokenizer.decode_bytes([id]) for id in known]
-        self.tokens += [b""] * (vocab_size - len(self.tokens))
+        self.tokens = texts_of(tokenizer, vocab_size, stop_ids)
         self.text = [id for id, text in enumerate(self.tokens) if text]
         self.special_token_ids = [id for id, text in enumerate(self.tokens) if not text]
         self.eos_token_id, self.bos_token_id = stop_ids[0], tokenizer.bos_id
@@ -295,12 +299,6 @@ class _Vocabulary:
 @functools.cache
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1), "masks")
-
-
-def _bits(ids: Sequence[int], words: int) -> np.ndarray:
-    bits = np.zeros(words * 32, bool)
-    bits[list(ids)] = True
-    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32)
 
 
 def _lark(spelling: Iterable[str | int]) -> str:
