@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from llmlab.core.errors import LlmlabError
 from llmlab.data.rows import BadRowError
+from llmlab.infer.choose import Judge
 from llmlab.infer.service import Closing, Failed, Overloaded
 from llmlab.serve.chat import chat
 from llmlab.serve.completions import completions
@@ -31,7 +32,12 @@ _FORESEEN = (ApiError, BadRowError, LlmlabError, Overloaded, Closing, Failed, Re
 
 
 def make_app(
-    models: Mapping[str, Served], *, keys: Sequence[str] = (), hosts: Sequence[str] = (), limits: Limits = Limits()
+    models: Mapping[str, Served],
+    *,
+    keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+    limits: Limits = Limits(),
+    judge: Judge | None = None,
 ) -> Starlette:
     """The app. Its lifespan's end finishes what was admitted.
 
@@ -39,6 +45,7 @@ def make_app(
       models: by name; the first is taken where a request names none.
       keys: one of which every request must have, but for the page and its health; none: no key is asked for.
       hosts: names beside the loopback's under which the server may be called; none: any.
+      judge: what chooses among answers, of whichever model; None: only how many of them agree.
     """
 
     @contextlib.asynccontextmanager
@@ -68,7 +75,7 @@ def make_app(
         exception_handlers={HTTPException: _no_such, Exception: _error} | dict.fromkeys(_FORESEEN, _error),
         lifespan=lifespan,
     )
-    app.state.models, app.state.limits = dict(models), limits
+    app.state.models, app.state.limits, app.state.judge = dict(models), limits, judge
     return app
 
 

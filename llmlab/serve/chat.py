@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: the next turn of a conversation."""
 
+import asyncio
 import bisect
 import dataclasses
 import functools
@@ -13,12 +14,14 @@ from starlette.responses import Response
 
 from llmlab.data.chat import ChatTemplate, Conversation, Message, Piece, prompt_of
 from llmlab.data.rows import conversation
+from llmlab.infer.choose import Judge
 from llmlab.infer.engine_step import TOP
 from llmlab.infer.request import CUT, Event, Request
 from llmlab.infer.retrieval import Found, asked_with
 from llmlab.infer.service import Ticket
 from llmlab.infer.spoken import Spoken
 from llmlab.infer.text_stream import Stops
+from llmlab.serve.best import Answer, choosing, ranked
 from llmlab.serve.completions import usage_of
 from llmlab.serve.door import stack_of
 from llmlab.serve.embeddings import vectors
@@ -26,15 +29,16 @@ from llmlab.serve.errors import ApiError, Json
 from llmlab.serve.fields import Fields, fields_of
 from llmlab.serve.formats import call_limit, limit_for
 from llmlab.serve.logprobs import Entry, Scores, for_chat
-from llmlab.serve.models import Served, chosen, events, limits_of
+from llmlab.serve.models import Served, chosen, events, limits_of, too_long
 from llmlab.serve.prompts import reading
 from llmlab.serve.sampling import SETTINGS, Asked, asked, room_for
 from llmlab.serve.sse import event_stream
+from llmlab.serve.thinking import LEAST, MOST, budget_for
 from llmlab.serve.tools import Declared, Offer, as_json, as_said, offered
 
 FIELDS = (
     *(*SETTINGS, "messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs"),
-    *("tools", "tool_choice", "truncation", "passages"),
+    *("tools", "tool_choice", "truncation", "passages", "best_of", "choose", LEAST, MOST),
 )
 
 TRIMMED_TURNS = 4  # for each position of the model, at most
@@ -45,9 +49,11 @@ async def chat(request: HttpRequest) -> Response:
     fields, limits = await fields_of(request, FIELDS), limits_of(request)
     model = chosen(request, fields)
     settings, offer = asked(fields, model, limits), offered(fields)
+    judge: Judge | None = request.app.state.judge
+    wanted = choosing(fields, settings, min(limits.n, model.service.capacity), judge)
     template = template_of(model)
     turns = conversation(as_said(fields.get("messages")))
-    ticket = stack_of(request.scope).enter_context(model.service.admit(settings.n))
+    ticket = stack_of(request.scope).enter_context(model.service.admit(wanted.samples))
     if offer.tools:
         template = template.with_tools(offer.entries())
     beside: dict[str, Any] = {}
@@ -66,16 +72,17 @@ async def chat(request: HttpRequest) -> Response:
             "tool_choice", "an answer that has to be a call has no other form: leave out response_format"
         )
     structures = functools.partial(model.structures, template.stop_ids)
+    limit = await call_limit(form, offer.forms(template), structures)
+    limit = limit or await limit_for(fields.get("response_format"), structures)
     like = Request(
         tuple(prompt),
         most,
         sampling,
         stop_ids=() if settings.ignore_eos else template.stop_ids,
         top=fields.integer("top_logprobs", 0, 0, TOP),
-        limit=await call_limit(form, offer.forms(template), structures)
-        or await limit_for(fields.get("response_format"), structures),
+        limit=await budget_for(fields, model, template.stop_ids, prompt, most, limit),
     )
-    ticket.begin(like, n=settings.n)
+    ticket.begin(like, n=wanted.samples)
     head = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
@@ -84,12 +91,23 @@ async def chat(request: HttpRequest) -> Response:
     }
     choices = [
         _Choice(index, model, Spoken(template, prompt), settings, offer.tools, want_scores)
-        for index in range(settings.n)
+        for index in range(wanted.samples)
     ]
     pieces = _pieces(ticket, choices, limits.seconds)
     if settings.stream:
         return event_stream(_chunks(pieces, head, beside, model, settings, len(prompt), want_scores))
-    return Json(head | beside | await _whole(pieces, model, settings, len(prompt), want_scores))
+    try:
+        async with asyncio.timeout(limits.seconds):
+            given, written = await _whole(pieces, model, wanted.samples, want_scores)
+            if wanted.by:
+                answers = [choice.answer(one) for choice, one in zip(choices, given, strict=True)]
+                order = await ranked(answers, turns, judge if wanted.by == "reward" else None)
+                given = [given[place] | why for place, why in order[: settings.n]]
+    except TimeoutError:
+        raise too_long(limits.seconds) from None
+    numbered = [{"index": index} | one for index, one in enumerate(given)]
+    usage = usage_of(len(prompt), written)
+    return Json(head | beside | {"object": "chat.completion", "choices": numbered, "usage": usage})
 
 
 def template_of(model: Served) -> ChatTemplate:
@@ -163,6 +181,13 @@ class _Choice:
             pieces.append(_Piece(self.index, {}, [], finish, self._tokens))
         return pieces
 
+    def answer(self, given: dict[str, Any]) -> Answer:
+        """As a judge takes it, of the choice that a client is given."""
+        calls = self._spoken.message.calls[: self._calls]
+        said, thought = given["message"]["content"] or "", given["message"].get("reasoning_content", "")
+        message = Message("assistant", said, thinking=thought, calls=calls)
+        return Answer(message, cut=given["finish_reason"] == "length")
+
     def _text(self, text: str) -> list[_Piece]:
         self._length += len(text)
         entries = self._scores.upto(self._length) if self._scores else []
@@ -212,12 +237,13 @@ async def _chunks(
 
 
 async def _whole(
-    pieces: AsyncIterator[_Piece], model: Served, settings: Asked, prompt: int, want_scores: bool
-) -> dict[str, Any]:
-    texts = [{"content": "", "reasoning_content": ""} for _ in range(settings.n)]
-    calls: list[list[Any]] = [[] for _ in range(settings.n)]
-    entries: list[list[Entry]] = [[] for _ in range(settings.n)]
-    ends: list[tuple[str | None, int]] = [(None, 0)] * settings.n
+    pieces: AsyncIterator[_Piece], model: Served, samples: int, want_scores: bool
+) -> tuple[list[dict[str, Any]], int]:
+    """Every choice but for its index, and how many tokens were written."""
+    texts = [{"content": "", "reasoning_content": ""} for _ in range(samples)]
+    calls: list[list[Any]] = [[] for _ in range(samples)]
+    entries: list[list[Entry]] = [[] for _ in range(samples)]
+    ends: list[tuple[str | None, int]] = [(None, 0)] * samples
     async for piece in pieces:
         for name, value in piece.delta.items():
             if name == "tool_calls":
@@ -227,7 +253,7 @@ async def _whole(
         entries[piece.choice] += piece.entries
         ends[piece.choice] = piece.finish, piece.tokens
     choices = []
-    for index in range(settings.n):
+    for index in range(samples):
         message: dict[str, Any] = {"role": "assistant", "content": texts[index]["content"], "refusal": None}
         if texts[index]["reasoning_content"]:
             message["reasoning_content"] = texts[index]["reasoning_content"]
@@ -236,9 +262,8 @@ async def _whole(
         scores = None
         if want_scores:
             scores = {"content": for_chat(entries[index], model.opened.tokenizer), "refusal": None}
-        choices.append({"index": index, "message": message, "logprobs": scores, "finish_reason": ends[index][0]})
-    usage = usage_of(prompt, sum(tokens for _, tokens in ends))
-    return {"object": "chat.completion", "choices": choices, "usage": usage}
+        choices.append({"message": message, "logprobs": scores, "finish_reason": ends[index][0]})
+    return choices, sum(tokens for _, tokens in ends)
 
 
 async def _with_passages(

@@ -14,6 +14,7 @@ import jax
 import uvicorn
 
 from llmlab.core.errors import UserError
+from llmlab.infer.choose import Judge
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.service import Service
 from llmlab.serve.app import make_app
@@ -25,7 +26,8 @@ from llmlab.workdir.open import Opened
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
     """workdirs: NAME=DIR, or DIR, whose name is then its own. key_file: a key a line. open: without keys even beyond
-    this machine. queue: requests that may wait. preferences: where votes go; "" is the workdir.
+    this machine. queue: requests that may wait. preferences: where votes go; "" is the workdir. reward: the folder of
+    a reward model, which chooses among answers; "" is none.
     """
 
     workdirs: Sequence[str]
@@ -35,6 +37,7 @@ class ServeConfig:
     open: bool = False
     queue: int = 64
     preferences: str = ""
+    reward: str = ""
     engine: EngineConfig = dataclasses.field(default_factory=EngineConfig)
     limits: Limits = dataclasses.field(default_factory=Limits)
 
@@ -66,26 +69,27 @@ def serve_command(
     """
     keys = read_keys(config.key_file) if config.key_file else []
     names = named(config.workdirs)
-    listening = _listen(config.host, config.port)
-    address = _address(config.host, listening.getsockname()[1])
-    models: dict[str, Served] = {}
-    for name, folder in names.items():
-        opened = open_model(folder)
-        # As the engine would have them, which otherwise keeps weights of its own beside these.
-        opened = opened._replace(params=jax.jit(opened.model.unstack)(opened.params))
-        find = finder(opened) if finder else None
-        engine = Engine(opened.model, opened.params, config.engine)
-        _compile(engine, name)
-        votes = config.preferences or str(Path(folder) / "preferences.jsonl")
-        models[name] = served(name, opened, Service(engine, config.queue, name), votes, find)
-    hosts = () if keys or config.open else (config.host,)
-    app = make_app(models, keys=keys, hosts=hosts, limits=config.limits)
-    # uvicorn raises the signal that has stopped it once more when all is done; by then it has no more to say.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    print(_greeting(address, models, keyed=bool(keys)), file=sys.stderr, flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
-    server.run(sockets=[listening])
+    with _listen(config.host, config.port) as listening:
+        address = _address(config.host, listening.getsockname()[1])
+        judge = Judge(open_model(config.reward)) if config.reward else None
+        models: dict[str, Served] = {}
+        for name, folder in names.items():
+            opened = open_model(folder)
+            # As the engine would have them, which otherwise keeps weights of its own beside these.
+            opened = opened._replace(params=jax.jit(opened.model.unstack)(opened.params))
+            find = finder(opened) if finder else None
+            engine = Engine(opened.model, opened.params, config.engine)
+            _compile(engine, name)
+            votes = config.preferences or str(Path(folder) / "preferences.jsonl")
+            models[name] = served(name, opened, Service(engine, config.queue, name), votes, find)
+        hosts = () if keys or config.open else (config.host,)
+        app = make_app(models, keys=keys, hosts=hosts, limits=config.limits, judge=judge)
+        # uvicorn raises the signal that has stopped it once more when all is done; by then it has no more to say.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        print(_greeting(address, models, config.reward, keyed=bool(keys)), file=sys.stderr, flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        server.run(sockets=[listening])
     print("stopped: what was begun is finished", file=sys.stderr)
 
 
@@ -172,11 +176,13 @@ def _address(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown and "[" not in shown else f"http://{shown}:{port}"
 
 
-def _greeting(address: str, models: dict[str, Served], *, keyed: bool) -> str:
+def _greeting(address: str, models: dict[str, Served], reward: str, *, keyed: bool) -> str:
     lines = [f"serving at {address}  (the page to talk to; Ctrl-C stops)"]
     for model in models.values():
         what = "chat and completions" if model.template else "completions"
         lines.append(f"  {model.name}: {what}, {model.reach:,} positions, step {model.opened.step:,}")
+    if reward:
+        lines.append(f"  {reward}: a reward model, which chooses among answers (best_of)")
     first = next(iter(models.values()))
     path, body = "completions", '{"prompt": "Once"}'
     if first.template:

@@ -15,6 +15,7 @@ from llmlab.infer.request import Event
 from llmlab.infer.retrieval import Found
 from llmlab.infer.service import Service, Ticket
 from llmlab.infer.structured import Structures
+from llmlab.infer.thinking import Thinking
 from llmlab.serve.errors import ApiError
 from llmlab.serve.fields import Fields
 from llmlab.serve.limits import Limits
@@ -26,8 +27,9 @@ Find = Callable[[str], list[Found]]
 class Served(NamedTuple):
     """One model. template: None where its tokenizer has none: it completes, and does not chat.
 
-    preferences: the file that votes on its answers are appended to. structures: what limits answers that end with these
-    ids to a form. find: what gives passages to a question; None where there is no index.
+    preferences: the file that votes on its answers are appended to. structures, thinking: what limits answers that end
+    with these ids to a form, and their thinking to a budget. find: what gives passages to a question; None where there
+    is no index.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Served(NamedTuple):
     longest_token: int
     embedder: Embedder
     structures: Callable[[tuple[int, ...]], Structures]
+    thinking: Callable[[tuple[int, ...]], Thinking]
     find: Find | None
 
     @property
@@ -57,8 +60,9 @@ def served(name: str, opened: Opened, service: Service, preferences: str, find: 
     embedder = Embedder(opened.model, opened.params, opened.tokenizer)
     vocab_size = opened.model.config.vocab_size
     structures = functools.cache(lambda stop_ids: Structures(opened.tokenizer, vocab_size, stop_ids))
+    thinking = functools.cache(lambda stop_ids: Thinking(opened.tokenizer, vocab_size, stop_ids))
     created = int(time.time())
-    parts = (preferences, created, longest, embedder, structures, find)
+    parts = (preferences, created, longest, embedder, structures, thinking, find)
     return Served(name, opened, service, template, *parts)
 
 
@@ -87,6 +91,11 @@ async def events(ticket: Ticket, seconds: float) -> AsyncIterator[tuple[int, Eve
         except StopAsyncIteration:
             return
         except TimeoutError:
-            message = f"the request took longer than {seconds:g} s: ask for fewer tokens"
-            raise ApiError(400, message, code="time_limit") from None
+            raise too_long(seconds) from None
         yield came
+
+
+def too_long(seconds: float) -> ApiError:
+    """The error that a request took more than its time."""
+    message = f"the request took longer than {seconds:g} s: ask for fewer tokens, or fewer samples"
+    return ApiError(400, message, code="time_limit")

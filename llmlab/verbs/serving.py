@@ -26,6 +26,7 @@ def _define_serve(flags: FlagValues, argv: list[str]) -> None:
     )
     f.DEFINE_integer("passages", 3, "Passages that come with a question.", lower_bound=1, flag_values=flags)
     f.DEFINE_string("preferences", "", "Where votes go; else preferences.jsonl in the workdir.", flag_values=flags)
+    f.DEFINE_string("reward", "", "The run of a reward model, which chooses the best_of answers.", flag_values=flags)
 
 
 def _serve(flags: FlagValues, rest: list[str]) -> None:
@@ -49,6 +50,7 @@ def _serve(flags: FlagValues, rest: list[str]) -> None:
         open=flags.open,
         queue=flags.queue,
         preferences=flags.preferences,
+        reward=flags.reward,
         engine=EngineConfig(slots=flags.slots, pages=flags.pages, prefill=flags.prefill, int8=flags.int8),
         limits=Limits(seconds=flags.seconds),
     )
@@ -65,7 +67,10 @@ VERBS = {
         "\n"
         "Any client of OpenAI's works:  OpenAI(base_url='http://127.0.0.1:8000/v1', api_key='none'). Also there:\n"
         "/v1/completions, /v1/embeddings, /v1/models, /tokenize, /detokenize, /health, /metrics. A request names its\n"
-        "model, or gets the first. To let other machines in: --host=0.0.0.0 --api_key_file=FILE.",
+        "model, or gets the first. To let other machines in: --host=0.0.0.0 --api_key_file=FILE.\n"
+        "\n"
+        "A chat may think longer: min_thinking_tokens and max_thinking_tokens bound its thinking, and best_of=8 draws\n"
+        "eight answers and gives the one that most agree with; with --reward=WORKDIR, the one of the highest reward.",
         _define_serve,
         _serve,
     ),
