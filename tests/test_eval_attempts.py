@@ -8,6 +8,7 @@ import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.data.config import DataConfig
+from llmlab.data.rows import examples
 from llmlab.data.sources import Document
 from llmlab.eval import attempts, command
 from llmlab.eval.command import EvalConfig, eval_command
@@ -64,6 +65,7 @@ def test_what_has_not_ended_is_wrong_and_never_chosen(monkeypatch):
     found = drawn(monkeypatch, endless, judge=Judge(), count=2)
     assert [[each["right"] for each in attempt] for attempt in found] == [[False, True]] * 8
     assert found[0][0]["reward"] == -np.inf
+    assert not attempts.pairs(ASKED[0].responses[0].conversation[:1], found[0])  # the wrong one has not ended
     assert attempts.curve(found)["best"] == [0.5, 1]
 
 
@@ -79,11 +81,17 @@ def evaluated(monkeypatch, folder, **settings):
 
 def test_from_the_command_to_the_report(monkeypatch, tmp_path):
     says(monkeypatch, half_right)
-    result, printed = evaluated(monkeypatch, tmp_path, attempts=4)
+    kept = tmp_path / "pairs.jsonl"
+    result, printed = evaluated(monkeypatch, tmp_path, attempts=4, pairs=str(kept))
     assert json.loads((tmp_path / "eval.json").read_text())["attempts"] == result["attempts"]
     rows = [json.loads(line)["attempts"] for line in (tmp_path / "eval" / "attempts.jsonl").read_text().splitlines()]
     assert [[each["right"] for each in row] for row in rows] == [[False, True, False, True]] * 8
     assert "the answer of most" in printed
+    pairs = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert len(pairs) == 16
+    for pair in pairs:
+        (read,) = examples(pair, "preference")
+        assert [each.conversation[-1].content[:2] for each in read.responses] == ["it", "th"]
     chart = _attempts(result["attempts"])
     assert "answer of most" in chart
     assert "8 questions" in chart
@@ -94,6 +102,7 @@ def test_from_the_command_to_the_report(monkeypatch, tmp_path):
     ("settings", "mend"),
     [
         ({"reward": "runs/reward"}, "give --attempts"),
+        ({"pairs": "pairs.jsonl"}, "give --attempts"),
         ({"attempts": 4, "turn_temperature": 0.0}, "choose one above 0"),
         ({"attempts": -1}, "at least 0"),
     ],

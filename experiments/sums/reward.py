@@ -26,7 +26,7 @@ def get_config(arg=""):
         optimizer=muon(learning_rate=1e-3, warmup=20, final=0.02),
         run=run(
             init_from="" if tiny else arg,
-            steps=4 if tiny else 500,
+            steps=4 if tiny else 300,
             eval_every=2 if tiny else 100,
             eval_batches=0,
             sample_every=0,

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from llmlab.data.chat import ChatTemplate, Example, Message
+from llmlab.data.chat import ChatTemplate, Conversation, Example, Message
 from llmlab.infer.chat import NO_TOOLS, Tools, replies, split
 from llmlab.infer.choose import Judge, final_answer, majority
+from llmlab.infer.kept import Row, as_turns
 from llmlab.model.types import Model, Params
 
 Attempts = list[dict[str, Any]]
@@ -33,8 +34,8 @@ def attempts(
     progress: Callable[[int], None] = lambda done: None,
     **sampling: Any,
 ) -> list[Attempts]:
-    """`count` attempts at the last question of each example, each with its `answer`, whether it is `right`, and, where
-    there is a judge, its `reward`.
+    """`count` attempts at the last question of each example, each with its `messages`, whether they `ended`, the
+    `answer` that they come to, whether it is `right`, and, where there is a judge, its `reward`.
 
     An attempt is right where it comes to what the first response of the example does, and ended.
 
@@ -56,7 +57,8 @@ def attempts(
     for number, reply in enumerate(said):
         _, reference = asked[number // count]
         answer = _answer(reply.messages) if reply.ended else None
-        attempt: dict[str, Any] = {"answer": answer, "right": answer is not None and answer == _answer(reference)}
+        attempt: dict[str, Any] = {"messages": as_turns(reply.messages), "ended": reply.ended, "answer": answer}
+        attempt["right"] = answer is not None and answer == _answer(reference)
         if rewards is not None:
             attempt["reward"] = float(rewards[number]) if reply.ended else float("-inf")
         found += [[]] if number % count == 0 else []
@@ -79,6 +81,17 @@ def curve(found: Sequence[Attempts]) -> dict[str, Any]:
         for way, choose in ways.items()
     }
     return {"questions": len(found), "n": sizes, **shares}
+
+
+def pairs(prompt: Conversation, each: Attempts) -> list[Row]:
+    """Rows of right attempts beside wrong ones, each used once: what a reward model of these answers learns from (Cobbe
+    et al., arXiv 2110.14168). What has not ended is in none.
+    """
+    right, wrong = (
+        [attempt["messages"] for attempt in each if attempt["ended"] and attempt["right"] == is_right]
+        for is_right in (True, False)
+    )
+    return [{"prompt": as_turns(prompt), "chosen": a, "rejected": b} for a, b in zip(right, wrong, strict=False)]
 
 
 def table(scores: dict[str, Any]) -> str:

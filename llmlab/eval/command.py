@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO
 from llmlab.core.config import from_config_dict
 from llmlab.core.errors import UserError, nearest
 from llmlab.core.paths import clear_when_full, write_atomic
-from llmlab.data.chat import Example, template_for
+from llmlab.data.chat import Conversation, Example, template_for
 from llmlab.data.config import BUILT_IN, DataConfig
 from llmlab.data.pipeline import TokenBatch, evaluation_batches, evaluation_rows
 from llmlab.data.prepare import prepare_parts
@@ -31,8 +31,9 @@ from llmlab.eval.needle import NeedleConfig, needle, text_table
 from llmlab.eval.preferences import pairs_table, references_of, told_apart
 from llmlab.eval.scoring import Generation, Outcome, score_choices, score_generation, summary, table
 from llmlab.eval.tasks import Task, contexts, read_task
-from llmlab.infer.chat import NO_TOOLS, Tools
+from llmlab.infer.chat import NO_TOOLS, Tools, split
 from llmlab.infer.choose import Judge
+from llmlab.infer.kept import append_rows, as_turns
 from llmlab.model.score import check_predicts_tokens
 from llmlab.objective import OBJECTIVES
 from llmlab.workdir.metrics import strict
@@ -56,7 +57,8 @@ class EvalConfig:
     conversations: where the run is of conversations, measure what the model answers to those that it has not seen, in
     turns of at most turn_tokens, drawn at turn_temperature.
     attempts: so many answers to each of these conversations, to see what choosing among them gains; reward: the workdir
-    of a reward model that chooses too. See `llmlab.eval.attempts`.
+    of a reward model that chooses too; pairs: a file that right ones beside wrong ones are added to, as rows that a
+    reward model learns from. See `llmlab.eval.attempts`.
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
     else from the task's other rows. limit: the first so many rows of each task, or conversations; 0 is all, or 500.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.
@@ -75,6 +77,7 @@ class EvalConfig:
     turn_temperature: float = 0.7
     attempts: int = 0
     reward: str = ""
+    pairs: str = ""
     tasks: tuple[str, ...] = ()
     few_shot: int = 0
     few_shot_file: str = ""
@@ -98,8 +101,9 @@ class EvalConfig:
             raise UserError(f"--split={self.split!r} is not a choice: {nearest(self.split, SPLITS)}")
         if self.extract not in ("line", "number"):
             raise UserError(f"--extract={self.extract!r} is not a choice: {nearest(self.extract, ('line', 'number'))}")
-        if self.reward and not self.attempts:
-            raise UserError("--reward chooses among attempts: give --attempts too, such as --attempts=16")
+        for name in ("reward", "pairs"):
+            if getattr(self, name) and not self.attempts:
+                raise UserError(f"--{name} is for attempts: give --attempts too, such as --attempts=16")
         if self.attempts and not self.turn_temperature:
             raise UserError("--turn_temperature=0 makes every attempt the same: choose one above 0, such as 1")
         if not (self.held_out or self.conversations or self.tasks or self.needle or self.attempts):
@@ -134,6 +138,8 @@ def eval_command(
     if config.attempts and not talks(opened):
         raise UserError("--attempts needs a model that was trained on conversations: name the workdir of one")
     judge = Judge(open_workdir(config.reward)) if config.reward else None
+    if config.pairs:
+        append_rows(config.pairs, [])  # what cannot be written to is refused before anything is computed
     if not (config.held_out or tasks or config.needle or talks(opened)):
         raise UserError(NOTHING)
     if config.held_out and rows_of(opened) == "preference":
@@ -152,10 +158,17 @@ def eval_command(
         _write_outcomes(folder / "eval" / "conversations.jsonl", outcomes)
         print(conversations.table(result["conversations"]), file=out, flush=True)
     if config.attempts:
-        found = several(opened, config, tools, judge, quiet=quiet)
-        result["attempts"] = attempts.curve(found)
-        _write_outcomes(folder / "eval" / "attempts.jsonl", [{"attempts": each} for each in found])
+        questions, found = several(opened, config, tools, judge, quiet=quiet)
+        result["attempts"] = {"split": text_of(opened.config, config)[1], **attempts.curve(found)}
+        rows = [
+            {"prompt": as_turns(question), "attempts": each} for question, each in zip(questions, found, strict=True)
+        ]
+        _write_outcomes(folder / "eval" / "attempts.jsonl", strict(rows))
         print(attempts.table(result["attempts"]), file=out, flush=True)
+        if config.pairs:
+            rows = [row for pair in zip(questions, found, strict=True) for row in attempts.pairs(*pair)]
+            append_rows(config.pairs, rows)
+            print(f"{len(rows):,} pairs added to {config.pairs}", file=out, flush=True)
     if tasks:
         result["tasks"] = []
         score = _scorer(opened, config, quiet)
@@ -256,8 +269,8 @@ def answers(opened: Opened, config: EvalConfig, tools: Tools, *, quiet: bool = F
 
 def several(
     opened: Opened, config: EvalConfig, tools: Tools, judge: Judge | None, *, quiet: bool = False
-) -> list[attempts.Attempts]:
-    """`config.attempts` at each of the conversations that `config` names, and what `judge` makes of them."""
+) -> tuple[list[Conversation], list[attempts.Attempts]]:
+    """The questions of the conversations that `config` names, and `config.attempts` at each, with what `judge` says."""
     examples, count = _conversations(opened, config), config.attempts
     with shown("answering", len(examples) * count, not quiet, in_bytes=False) as advance:
         settings = {
@@ -267,7 +280,8 @@ def several(
             "progress": advance,
             **_turn_settings(opened, config),
         }
-        return attempts.attempts(opened.model, opened.params, template_for(opened.tokenizer), examples, **settings)
+        found = attempts.attempts(opened.model, opened.params, template_for(opened.tokenizer), examples, **settings)
+    return [split(example.responses[0].conversation)[0] for example in examples], found
 
 
 def _conversations(opened: Opened, config: EvalConfig) -> list[Example]:

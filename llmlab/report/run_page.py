@@ -152,7 +152,8 @@ def _attempts(scores: dict[str, Any] | None) -> str:
         for index, (way, label) in enumerate(labels.items())
         if way in scores
     ]
-    title = f"Right answers to {scores['questions']:,} questions, one chosen of n"
+    split = str(scores["split"]).replace("_", " ")
+    title = f"Right answers to {scores['questions']:,} questions ({split}), one chosen of n"
     return chart(title, curves, "answers drawn", log_x=True, x_ticks=scores["n"], last_values=True)
 
 
