@@ -86,7 +86,7 @@ $(PARITY_INSTALLED): $(INSTALLED)
 # A Chromium that is there already will do.
 $(BROWSER_INSTALLED): $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check 'playwright>=1.50,<2'
-	command -v chromium chromium-browser google-chrome || $(BIN)/playwright install chromium-headless-shell
+	command -v chromium || command -v chromium-browser || command -v google-chrome || $(BIN)/playwright install chromium
 	touch $@
 
 clean:
