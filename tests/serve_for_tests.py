@@ -5,7 +5,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from llmlab.data.tokenizer_train import train_tokenizer
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request
 from llmlab.infer.retrieval import IndexConfig, build
-from llmlab.infer.service import Service
+from llmlab.infer.service import Service, Ticket
 from llmlab.model.transformer import make_model
 from llmlab.serve.app import make_app
 from llmlab.serve.limits import Limits
@@ -116,9 +116,9 @@ class Scripted:
     def __init__(self, model: Served):
         self.asked: list[Request] = []
         self.vocab = model.opened.model.config.vocab_size
-        self._model, self._submit = model, model.service.submit
+        self._model, self._order = model, model.service._order
         self._turns, self._held = list[_Script](), list[threading.Event]()
-        model.service.submit = self._begin  # type: ignore[method-assign]
+        model.service._order = self._begin  # type: ignore[method-assign]
 
     def says(self, *answers: Message | str, hold: int | None = None) -> threading.Event:
         """The next answers: turns, or texts that go on from a prompt. After `hold` tokens all waits for the event."""
@@ -147,9 +147,9 @@ class Scripted:
         before = len(template.render(asked, generate=True).ids)
         return template.render((*asked, answer)).ids[before:]
 
-    def _begin(self, *requests: Request, n: int = 1) -> Any:
+    def _begin(self, ticket: Ticket, requests: Sequence[Request], n: int) -> None:
         self.asked += requests
-        return self._submit(*(dataclasses.replace(request, limit=self.take()) for request in requests), n=n)
+        self._order(ticket, [dataclasses.replace(request, limit=self.take()) for request in requests], n)
 
 
 class _Script:

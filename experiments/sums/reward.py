@@ -1,6 +1,14 @@
-"""A reward model that finds the slip in a sum: it chooses the best of several answers.
+"""A reward model that finds the slip in a sum, and so chooses the best of several answers.
 
-llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/reward
+    llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/reward
+
+It learns from right answers beside ones with a slip that is made up. Such a model chooses well between two answers, and
+the worse the more there are: what it sees then are slips that it has never seen, some of which it likes. Better are
+pairs of the model's own attempts (Cobbe et al., arXiv 2110.14168):
+
+    llmlab eval --workdir=runs/sums/sft --split=train --limit=1500 --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
+    llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/verifier \\
+        --config.data.source=jsonl --config.data.files=p.jsonl
 """
 
 import dataclasses

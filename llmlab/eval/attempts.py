@@ -85,12 +85,11 @@ def curve(found: Sequence[Attempts]) -> dict[str, Any]:
 
 def pairs(prompt: Conversation, each: Attempts) -> list[Row]:
     """Rows of right attempts beside wrong ones, each used once: what a reward model of these answers learns from (Cobbe
-    et al., arXiv 2110.14168). What has not ended is in none.
+    et al., arXiv 2110.14168). What has not ended, or says nothing in the end, is in none.
     """
-    right, wrong = (
-        [attempt["messages"] for attempt in each if attempt["ended"] and attempt["right"] == is_right]
-        for is_right in (True, False)
-    )
+    whole = [attempt for attempt in each if attempt["ended"] and attempt["answer"] is not None]
+    right = [attempt["messages"] for attempt in whole if attempt["right"]]
+    wrong = [attempt["messages"] for attempt in whole if not attempt["right"]]
     return [{"prompt": as_turns(prompt), "chosen": a, "rejected": b} for a, b in zip(right, wrong, strict=False)]
 
 
