@@ -3,28 +3,30 @@
     llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/reward
 
 It learns from right answers beside ones with a slip that is made up. Such a model chooses well between two answers, and
-the worse the more there are: what it sees then are slips that it has never seen, some of which it likes. Better are
-pairs of the model's own attempts (Cobbe et al., arXiv 2110.14168):
+the worse the more there are: what it sees then are slips that it has never seen, some of which it likes. So pairs of
+the model's own attempts should come beside those (Cobbe et al., arXiv 2110.14168):
 
-    llmlab eval --workdir=runs/sums/sft --split=train --limit=1500 --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
-    llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/verifier \\
-        --config.data.source=jsonl --config.data.files=p.jsonl
+    llmlab eval --workdir=runs/sums/sft --split=train --limit=4000 --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
+    llmlab train --config=experiments/sums/reward.py:runs/sums/sft,p.jsonl --workdir=runs/sums/reward
 """
 
 import dataclasses
 
-from llmlab.data import text
+from llmlab.data import MixturePart, text
 from llmlab.objective import RewardConfig
 from llmlab.train.config import begun_from, experiment, run
 from llmlab.train.optimizer import muon
 
 
 def get_config(arg=""):
-    tiny, (model, tokenizer) = arg == "tiny", begun_from(arg)
+    workdir, _, pairs = arg.partition(",")
+    tiny, (model, tokenizer) = workdir == "tiny", begun_from(workdir)
+    parts = (MixturePart(source="sums"), MixturePart(source="jsonl", files=(pairs,))) if pairs else ()
     return experiment(
         model=dataclasses.replace(model, head="score"),
         data=text(
-            source="sums",
+            source="mixture" if pairs else "sums",
+            mixture=parts,
             rows="preference",
             sequence_length=min(256, model.max_positions),
             batch_size=2 if tiny else 16,
@@ -33,12 +35,12 @@ def get_config(arg=""):
         objective=RewardConfig(),
         optimizer=muon(learning_rate=1e-3, warmup=20, final=0.02),
         run=run(
-            init_from="" if tiny else arg,
-            steps=4 if tiny else 300,
-            eval_every=2 if tiny else 100,
+            init_from="" if tiny else workdir,
+            steps=4 if tiny else 600,
+            eval_every=2 if tiny else 200,
             eval_batches=0,
             sample_every=0,
-            checkpoint_every=2 if tiny else 100,
+            checkpoint_every=2 if tiny else 200,
             log_every=1 if tiny else 20,
         ),
     )
