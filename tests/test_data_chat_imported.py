@@ -355,6 +355,7 @@ def test_calls_that_could_not_be_read_are_not_offered():
         ("objects", 'x {"name": "search"}', ('x {"name": "search"}',)),
         ("objects", '{"name": "search"} x', ('{"name": "search"} x',)),
         ("bars", "a</think>b<｜call｜>f<｜sep｜>1 + 1<｜/call｜>c", ("bc", "f")),
+        ("bars", "</think><｜call｜><｜call｜>f<｜sep｜>1<｜/call｜>", ("<｜call｜><｜call｜>f<｜sep｜>1<｜/call｜>",)),
         ("bars", "</think><｜calls｜><｜call｜>f 1<｜sep｜>{}<｜/call｜>", ("<｜call｜>f 1<｜sep｜>{}<｜/call｜>",)),
     ],
 )

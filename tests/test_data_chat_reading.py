@@ -26,7 +26,7 @@ CALL = "@<tool_call>(.*?)@</tool_call>"
 CALLS = {
     "thinking": CALL,
     "opened": CALL,
-    "bars": r"@<｜call｜>(.*?)@<｜/call｜>|@<｜call｜>.*\Z|@<｜/?calls｜>",
+    "bars": "@<｜call｜>(.*?)@<｜/call｜>",
     "listed": r"@\[TOOL_CALLS\](.*?)(?=@\[TOOL_CALLS\]|\Z)",
 }
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]")
@@ -72,16 +72,21 @@ def imported_at_once(name: str, template, ids) -> Message:
     calls = []
 
     def take(found: re.Match[str]) -> str:
-        if name == "bars" and found[1] is None:  # what stands around all calls, or one that does not end
-            return "" if "calls" in found[0][:10] else found[0]
         new = calls_at_once(name, found[1])
         calls.extend(new)
         return "" if new else found[0]
 
     pattern = CALLS.get(name, NEVER + "()").replace("@", SIGN)
     if "call" in family.allows and "single" not in family.allows:
+        # What stands around all calls goes first, but for what stands inside of one.
+        around = rf"({SIGN}<｜call｜>.*?(?:{SIGN}<｜/call｜>|\Z))|{SIGN}<｜/?calls｜>"
+        text = re.sub(around, lambda found: found[1] or "", text, flags=re.DOTALL) if name == "bars" else text
         text = re.sub(rf"\n?{pattern}", take, text, flags=re.DOTALL)
-    elif "single" in family.allows and all(call.name == "f" for call in calls_at_once(name, text)):
+    elif (
+        "single" in family.allows
+        and text.lstrip().startswith("{")
+        and all(call.name == "f" for call in calls_at_once(name, text))
+    ):
         calls = calls_at_once(name, text)
         text = "" if calls else text
     thinking = thought[1].strip("\n") if thought else ""
@@ -94,10 +99,13 @@ def calls_at_once(name: str, text: str) -> list[ToolCall]:
         return [ToolCall(call[1], call[2].strip().replace(SIGN, ""))] if call and SIGN not in call[1] else []
     key = "parameters" if name == "objects" else "arguments"
     if plain := re.fullmatch(rf'\s*\{{"name": "f", "{key}": (1 \+ 1.*)\}}\s*', text, re.DOTALL):
-        return [ToolCall("f", plain[1])]
+        return [ToolCall("f", plain[1].replace(SIGN, ""))]
     try:
-        values = json.loads(text)
-        entries = values if isinstance(values, list) else [values]
+        entries, text = [], text.strip()
+        while text:
+            value, end = json.JSONDecoder().raw_decode(text)
+            entries += value if isinstance(value, list) else [value]
+            text = text[end:].lstrip("; \n")
         return [ToolCall(entry["name"], json.dumps(entry.get(key, {}))) for entry in entries]
     except (ValueError, KeyError, TypeError):
         return []

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from llmlab.core.text import may_become
-from llmlab.data.chat import Piece, ToolCall, call_piece
+from llmlab.data.chat import Piece, call_piece
 from llmlab.data.chat_calls import WrittenCall, may_be_object, read_calls
 from llmlab.data.chat_encoding import Encoder
 from llmlab.data.tokenizer_imported import ImportedTokenizer
@@ -144,9 +144,10 @@ class ImportedReader:
         inside = self._held[len(call.opened) :] if end < 0 else self._held[len(call.opened) : end]
         length = len(call.opened) + len(inside) + len(call.closed)
         whole, self._held = self._held[:length], self._held[length:]
-        if calls := read_calls(inside, call):
+        calls = read_calls(inside, call)
+        if calls and not any(_SIGN in call.name for call in calls):
             self._answered.pending = self._answered.pending.removesuffix("\n")
-            pieces += [call_piece(ToolCall(*(part.replace(_SIGN, "") for part in call))) for call in calls]
+            pieces += [call_piece(call._replace(arguments=call.arguments.replace(_SIGN, ""))) for call in calls]
         else:
             self._say("text", whole, pieces)
         self._step = self._answer
