@@ -93,7 +93,7 @@ def test_from_the_command_to_the_report(monkeypatch, tmp_path):
         (read,) = examples(pair, "preference")
         assert [each.conversation[-1].content[:2] for each in read.responses] == ["it", "th"]
     chart = _attempts(result["attempts"])
-    assert "answer of most" in chart
+    assert "the answer of most" in chart
     assert "8 questions" in chart
     assert _attempts(None) == ""
 

@@ -21,6 +21,8 @@ from tests.scripted import TEMPLATE, TOKENIZER
         ("12 + 30 = 42.0", "42"),
         ("so -1,200", "-1200"),
         ("100", "100"),
+        ("1" * 29 + "2", "1" * 29 + "2"),
+        ("-0.0", "0"),
         ("  Yes,  of course. ", "yes, of course"),
         ("…", "…"),
         (" . ", None),

@@ -125,12 +125,12 @@ def test_the_answers_of_the_highest_reward_are_given_first(ask, judge):
     assert not hasattr(every[0], "reward")
 
 
-def test_thinking_is_not_judged(monkeypatch, server, ask, judge):
+def test_thinking_is_judged_too(monkeypatch, server, ask, judge):
     thought = Message("assistant", "well 🙂", thinking="so so", calls=(ToolCall("lookup", "x"),))
     says(monkeypatch, server, thought)
     (choice,) = ask(choose="reward", **FORM).choices
     assert choice.message.reasoning_content == "so so"
-    assert choice.reward == pytest.approx(judge.scores([(*TURNS, thought._replace(thinking=""))])[0], rel=1e-5)
+    assert choice.reward == pytest.approx(judge.scores([(*TURNS, thought)])[0], rel=1e-5)
 
 
 def order_of(answers, judge=None):

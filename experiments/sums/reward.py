@@ -6,7 +6,8 @@ It learns from right answers beside ones with a slip that is made up. Such a mod
 the worse the more there are: what it sees then are slips that it has never seen, some of which it likes. So pairs of
 the model's own attempts should come beside those (Cobbe et al., arXiv 2110.14168):
 
-    llmlab eval --workdir=runs/sums/sft --split=train --limit=4000 --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
+    llmlab eval --workdir=runs/sums/sft --noheld_out --noconversations --split=train --limit=4000 \\
+        --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
     llmlab train --config=experiments/sums/reward.py:runs/sums/sft,p.jsonl --workdir=runs/sums/reward
 """
 

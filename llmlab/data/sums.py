@@ -1,7 +1,7 @@
 """Sums of two numbers, thought through column by column: a built-in task whose answers can be checked.
 
-A model that writes most columns right gets about half of the sums right, which leaves something to gain from thinking
-longer: from several answers, and from a reward model that finds the slip.
+A model that writes most columns right gets many sums wrong, which leaves something to gain from thinking longer: from
+several answers, and from a reward model that finds the slip.
 """
 
 import hashlib

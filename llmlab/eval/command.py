@@ -272,6 +272,8 @@ def several(
 ) -> tuple[list[Conversation], list[attempts.Attempts]]:
     """The questions of the conversations that `config` names, and `config.attempts` at each, with what `judge` says."""
     examples, count = _conversations(opened, config), config.attempts
+    if not examples:
+        raise UserError("there is no conversation to attempt: name other --files, or a larger --limit")
     with shown("answering", len(examples) * count, not quiet, in_bytes=False) as advance:
         settings = {
             "tools": tools,

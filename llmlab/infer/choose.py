@@ -24,15 +24,22 @@ SHORTEST = 32
 def final_answer(text: str) -> str | None:
     """What a text comes to: its last number, else all of it, but for case, blanks and a full stop; None of nothing."""
     if found := numbers(text):
-        return f"{found[-1].normalize():f}"
+        digits = f"{found[-1]:f}"
+        digits = digits.rstrip("0").rstrip(".") if "." in digits else digits
+        return "0" if digits == "-0" else digits
     return " ".join(text.casefold().split()).rstrip(". ") or None
 
 
 def majority(answers: Sequence[str | None]) -> int:
     """The place of the first answer that most others agree with; None counts only where there is nothing else."""
+    return int(np.argmax(votes(answers)))
+
+
+def votes(answers: Sequence[str | None]) -> list[int]:
+    """How many answers come to the same as each, itself included; 0 of None."""
     counts = collections.Counter(answers)
     counts[None] = 0
-    return max(range(len(answers)), key=lambda place: counts[answers[place]])
+    return [counts[answer] for answer in answers]
 
 
 def numbers(text: str) -> list[Decimal]:
@@ -68,8 +75,14 @@ class Judge:
     def scores(
         self, conversations: Sequence[Sequence[Message]], progress: Callable[[int], None] = lambda done: None
     ) -> np.ndarray:
-        """The reward of each, float64 [N]: the score of its last token; -inf where the positions do not reach it."""
-        ids = [self._template.render(conversation).ids for conversation in conversations]
+        """The reward of each, float64 [N]: the score of its last token.
+
+        -inf where the positions do not reach it, or the model gives no number.
+        """
+        ids = [
+            self._template.render([turn._replace(train=False) for turn in conversation]).ids
+            for conversation in conversations
+        ]
         scores_N = np.full(len(ids), -np.inf)
         order = sorted((i for i in range(len(ids)) if len(ids[i]) <= self._reach), key=lambda i: -len(ids[i]))
         for begin in range(0, len(order), self._rows):
@@ -83,5 +96,6 @@ class Judge:
             inputs = Inputs(*jax.device_put((tokens_BT, positions_BT, is_real_BT), self._sharding))
             scores_B = jax.device_get(self._last_scores(self._params, inputs))
             scores_N[chosen] = np.asarray(scores_B, np.float64)[: len(chosen)]
+            scores_N[np.isnan(scores_N)] = -np.inf
             progress(begin + len(chosen))
         return scores_N

@@ -47,7 +47,7 @@ def ready(decoder: Decoder, params: Params) -> Params:
     wanted: Any = jax.eval_shape(functools.partial(ready_for_steps, decoder), params)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, params)]
     is_ready = structures[0] == structures[1] and jax.tree.all(
-        jax.tree.map(lambda a, b: a.dtype == b.dtype, wanted, params)
+        jax.tree.map(lambda a, b: isinstance(b, jax.Array) and a.dtype == b.dtype, wanted, params)
     )
     return params if is_ready else _made_ready(decoder, params)
 

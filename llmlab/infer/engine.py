@@ -173,7 +173,8 @@ class Engine:
     def publish(self, params: Params) -> None:
         """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten.
 
-        Requests under way go on from what the earlier weights have read, and leave nothing for others to find.
+        Requests under way go on from what the earlier weights have read, and leave nothing for others to find. Weights
+        that are ready for steps, one entry a layer and in the compute dtype, are not copied: do not donate them.
         """
         self._device.publish(params)
         self.pages.forget()

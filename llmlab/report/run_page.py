@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlab.core.paths import write_atomic
+from llmlab.eval.attempts import LABELS
 from llmlab.report.conversations import answers, side_by_side
 from llmlab.report.curves import Curve, chart
 from llmlab.report.heat import heat_map
@@ -146,10 +147,9 @@ def _attempts(scores: dict[str, Any] | None) -> str:
     """How often the chosen one of n answers is right, of `llmlab eval --attempts`; nothing where there are none."""
     if not scores:
         return ""
-    labels = {"majority": "answer of most", "best": "best by reward", "any": "any of them right"}
     curves = [
         Curve(label, list(zip(scores["n"], scores[way], strict=True)), index, dots=True)
-        for index, (way, label) in enumerate(labels.items())
+        for index, (way, label) in enumerate(LABELS.items())
         if way in scores
     ]
     split = str(scores["split"]).replace("_", " ")

@@ -1,13 +1,12 @@
 """The best of several answers: by a reward model, or by what most of them come to."""
 
-import collections
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from llmlab.data.chat import Conversation, Message
-from llmlab.infer.choose import Judge, final_answer
+from llmlab.infer.choose import Judge, final_answer, votes
 from llmlab.serve.beside import Beside
 from llmlab.serve.fields import Fields
 from llmlab.serve.sampling import Asked
@@ -60,17 +59,17 @@ async def ranked(
     """
     if judge is not None:
         conversations = [(*turns, answer.message) for answer in answers]
-        given = await _judging(judge.scores, conversations)
-        scores = np.where(np.isfinite(given), given, -np.inf).tolist()
+        scores = (await _judging(judge.scores, conversations)).tolist()
         order = sorted(range(len(answers)), key=lambda place: (answers[place].cut, -scores[place]))
         return [(place, {"reward": scores[place] if np.isfinite(scores[place]) else None}) for place in order]
-    ends = [_end(answer.message) for answer in answers]
     all_cut = all(answer.cut for answer in answers)
-    voters = [end for end, answer in zip(ends, answers, strict=True) if end is not None and answer.cut == all_cut]
-    votes_by_end = collections.Counter[str | None](voters)
-    votes = [votes_by_end[end] for end in ends]
-    order = sorted(range(len(answers)), key=lambda place: (answers[place].cut, -votes[place], ends.index(ends[place])))
-    return [(place, {"votes": votes[place]}) for place in order]
+    ends = [_end(answer.message) for answer in answers]
+    voters = [end if answer.cut == all_cut else None for end, answer in zip(ends, answers, strict=True)]
+    count = dict(zip(voters, votes(voters), strict=True))
+    order = sorted(
+        range(len(answers)), key=lambda place: (answers[place].cut, -count.get(ends[place], 0), ends.index(ends[place]))
+    )
+    return [(place, {"votes": count.get(ends[place], 0)}) for place in order]
 
 
 def _end(message: Message) -> str | None:

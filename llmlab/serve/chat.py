@@ -72,6 +72,9 @@ async def chat(request: HttpRequest) -> Response:
             "tool_choice", "an answer that has to be a call has no other form: leave out response_format"
         )
     structures = functools.partial(model.structures, template.stop_ids)
+    if form and form.thinking and (LEAST in fields or MOST in fields):
+        # The budget ends the thinking with its marker, and the call begins with what follows that.
+        form = form._replace(thinking=(), before=(*form.thinking[1:], *form.before))
     limit = await call_limit(form, offer.forms(template), structures)
     limit = limit or await limit_for(fields.get("response_format"), structures)
     like = Request(
@@ -279,12 +282,13 @@ async def _with_passages(
     if len(question) > model.reach * model.longest_token:  # for which there is no room in any case
         return turns, []
     found = await vectors(model.find, question)
-    system = [turn for turn in turns if turn.role == "system"]
+    # What comes before may be left out where that is asked for.
+    kept = [turn for turn in before if turn.role == "system" or fields.get("truncation") != "middle"]
     room = model.reach - _answer_room(fields, model)
 
     def fitting() -> list[Found]:
         fits = found
-        while fits and len(prompt_of(template, (*system, asked_with(fits, question), *after))) > room:
+        while fits and len(prompt_of(template, (*kept, asked_with(fits, question), *after))) > room:
             fits = fits[:-1]
         return fits
 

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import uvicorn
 
 from llmlab.core.errors import UserError
 from llmlab.infer.choose import Judge
+from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.service import Service
 from llmlab.serve.app import make_app
@@ -76,7 +76,7 @@ def serve_command(
         for name, folder in names.items():
             opened = open_model(folder)
             # As the engine would have them, which otherwise keeps weights of its own beside these.
-            opened = opened._replace(params=jax.jit(opened.model.unstack)(opened.params))
+            opened = opened._replace(params=ready(Decoder.of(opened.model), opened.params))
             find = finder(opened) if finder else None
             engine = Engine(opened.model, opened.params, config.engine)
             _compile(engine, name)
