@@ -2,8 +2,8 @@
 
 A signature and a docstring become a JSON schema; a call's arguments, a JSON object or the bare string that a tool of
 one string takes, become keyword arguments. What is wrong with a call is an answer for the model, after `error: `. A
-registered function runs in this process, with the user's rights, on the main thread for a minute at most: only `python`,
-whose code is the model's, is shut in.
+registered function runs in this process, with the user's rights, for a minute at most where that is the main thread:
+only `python`, whose code is the model's, is shut in.
 """
 
 import contextlib
