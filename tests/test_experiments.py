@@ -83,7 +83,7 @@ def estimated(name: str, size: str) -> dict[str, Any]:
 def test_the_experiments_are_all_here():
     stages = ["assistant/dpo", "assistant/pretrain", "assistant/reward", "assistant/sft"]
     others = ["experts", "gpt2", "llama", "longer", "mamba", "quickstart", "shakespeare_char"]
-    assert list(NAMES.values()) == ["adapter", *stages, *others]
+    assert list(NAMES.values()) == ["adapter", *stages, *others, "sums/reward", "sums/sft"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES.get)

@@ -93,9 +93,9 @@ def test_spans_have_the_lengths_that_were_asked_for(family, temperature):
             assert least <= len(thought) <= (50 if most is None else most)
             assert all(tokenizer.decode_bytes([id]) for id in thought)
             assert not set(thought) & (markers_of(tokenizer) | set(template.stop_ids))
-            said = template.parse(ids)
+            said = template.parse(ids, prompt_of(family))
             assert said.thinking.strip("\n") == tokenizer.decode(thought).strip("\n")
-            assert said.content == template.parse([*answer, template.stop_ids[0]]).content
+            assert said.content == template.parse([*answer, template.stop_ids[0]], []).content
             lengths.add(len(thought))
     assert len(lengths) > 4 or not temperature
 
