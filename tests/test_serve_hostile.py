@@ -44,7 +44,7 @@ def answered(web, path, body, **more):
 BAD = {
     "turns without end": (
         CHAT,
-        {"messages": [{"role": "user", "content": "a"}] * 3000, "truncation": "middle"},
+        {"messages": [{"role": "user", "content": "a"}] * 5000, "truncation": "middle"},
     ),
     "huge n": (COMPLETE, {"prompt": "a", "n": 10**30}),
     "n of nothing": (COMPLETE, {"prompt": "a", "n": 0}),
@@ -99,6 +99,10 @@ BAD = {
     "a vector of nothing": ("/v1/embeddings", {"input": [[]]}),
     "a vector of too much": ("/v1/embeddings", {"input": [1] * 10**4}),
     "ids that are texts": ("/detokenize", {"tokens": ["1"]}),
+    "ids without end": (COMPLETE, {"prompt": [1] * 10**5}),
+    "ids without end to spell": ("/detokenize", {"tokens": [1] * 10**5}),
+    "text without end to read": ("/tokenize", {"prompt": "a" * 10**5}),
+    "turns without end to read": ("/tokenize", {"messages": [{"role": "user", "content": "a"}] * 5000}),
     "a vote for nobody": ("/v1/preferences", {"prompt": HELLO}),
     "a tool by its path": ("/tools/..%2f..%2fcalculator", {"arguments": "1"}),
 }

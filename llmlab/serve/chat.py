@@ -28,6 +28,7 @@ from llmlab.serve.embeddings import vectors
 from llmlab.serve.errors import ApiError, Json
 from llmlab.serve.fields import Fields, fields_of
 from llmlab.serve.formats import call_limit, limit_for
+from llmlab.serve.limits import Limits
 from llmlab.serve.logprobs import Entry, Scores, for_chat
 from llmlab.serve.models import Served, chosen, events, limits_of, too_long
 from llmlab.serve.prompts import reading
@@ -41,8 +42,6 @@ FIELDS = (
     *("tools", "tool_choice", "truncation", "passages", "best_of", "choose", LEAST, MOST),
 )
 
-TRIMMED_TURNS = 4  # for each position of the model, at most
-
 
 async def chat(request: HttpRequest) -> Response:
     """The endpoint."""
@@ -52,7 +51,7 @@ async def chat(request: HttpRequest) -> Response:
     judge: Judge | None = request.app.state.judge
     wanted = choosing(fields, settings, min(limits.n, model.service.capacity), judge)
     template = template_of(model)
-    turns = conversation(as_said(fields.get("messages")))
+    turns = turns_of(fields, limits)
     ticket = stack_of(request.scope).enter_context(model.service.admit(wanted.samples))
     if offer.tools:
         template = template.with_tools(offer.entries())
@@ -269,6 +268,15 @@ async def _whole(
     return choices, sum(tokens for _, tokens in ends)
 
 
+def turns_of(fields: Fields, limits: Limits) -> Conversation:
+    """The messages of a request, as the model has said its own."""
+    given = fields.get("messages")
+    if isinstance(given, list) and len(given) > limits.turns:
+        why = f"{len(given):,} turns are more than {limits.turns:,}: leave the earliest out"
+        raise fields.wrong("messages", why, code="context_length_exceeded")
+    return conversation(as_said(given))
+
+
 async def _with_passages(
     fields: Fields, model: Served, template: ChatTemplate, turns: Conversation
 ) -> tuple[Conversation, list[Found]]:
@@ -317,9 +325,6 @@ async def _prompt(
         raise fields.wrong("messages", why, code="context_length_exceeded")
     if truncation == "middle":
         room = model.reach - _answer_room(fields, model)
-        if len(turns) > TRIMMED_TURNS * model.reach:
-            why = f"{len(turns):,} turns are more than can be trimmed for {model.reach:,} positions: send fewer"
-            raise fields.wrong("messages", why, code="context_length_exceeded")
         prompt = await reading(trimmed, template, turns, room)
         if not prompt:
             why = f"the last turn alone leaves no room in the model's {model.reach:,} positions: shorten it"

@@ -1,6 +1,7 @@
 """What `llmlab serve` does: opens models, compiles what they need, and answers until it is told to stop."""
 
 import dataclasses
+import gc
 import ipaddress
 import os
 import signal
@@ -82,6 +83,7 @@ def serve_command(
             _compile(engine, name)
             votes = config.preferences or str(Path(folder) / "preferences.jsonl")
             models[name] = served(name, opened, Service(engine, config.queue, name), votes, find)
+        _stay_responsive()
         hosts = () if keys or config.open else (config.host,)
         app = make_app(models, keys=keys, hosts=hosts, limits=config.limits, judge=judge)
         # uvicorn raises the signal that has stopped it once more when all is done; by then it has no more to say.
@@ -157,6 +159,14 @@ def _listen(host: str, port: int) -> socket.socket:
             f"{host} port {port} cannot be listened to ({reason}): choose another --port or --host"
         ) from None
     return listening
+
+
+def _stay_responsive() -> None:
+    """Long work on one thread holds up the event loop and the engine as little as Python allows."""
+    sys.setswitchinterval(0.0005)
+    # What is there stays: going through all of it again takes tenths of a second.
+    gc.collect()
+    gc.freeze()
 
 
 def _compile(engine: Engine, name: str) -> None:

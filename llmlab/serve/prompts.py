@@ -19,6 +19,12 @@ def prompts_of(fields: Fields, name: str, model: Served, limits: Limits) -> list
     """
     given: Any = fields.get(name)
     given = "" if given is None else given
+    most = max(model.reach, limits.prompts)
+    if isinstance(given, list) and len(given) > most:
+        why = (
+            f"{len(given):,} are more than the model's {model.reach:,} positions, or {limits.prompts} texts: send fewer"
+        )
+        raise fields.wrong(name, why, code="context_length_exceeded")
     several = isinstance(given, list) and not all(_is_id(item) for item in given)
     values: list[Any] = given if several else [given]
     if not 1 <= len(values) <= limits.prompts:

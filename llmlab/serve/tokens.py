@@ -3,16 +3,15 @@
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from llmlab.data.rows import conversation
 from llmlab.serve.beside import Beside
-from llmlab.serve.chat import template_of
+from llmlab.serve.chat import template_of, turns_of
 from llmlab.serve.errors import Json
 from llmlab.serve.fields import fields_of
 from llmlab.serve.logprobs import spelt
-from llmlab.serve.models import Served, chosen
-from llmlab.serve.tools import as_said, offered
+from llmlab.serve.models import Served, chosen, limits_of
+from llmlab.serve.tools import offered
 
-_MOST = 2**20
+_MOST = 2**16  # or as many as the model reads, if these are more
 _spelling = Beside("spelling")
 
 
@@ -23,12 +22,12 @@ async def tokenize(request: HttpRequest) -> Response:
     model = chosen(request, fields)
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
     if "messages" in fields:
-        template, turns, offer = template_of(model), conversation(as_said(fields.get("messages"))), offered(fields)
+        template, turns, offer = template_of(model), turns_of(fields, limits_of(request)), offered(fields)
         template = template.with_tools(offer.entries()) if offer.tools else template
         return await _spelling(lambda: _shown(template.render(turns, generate=opens).ids, model))
     text = fields.text("prompt")
-    if len(text) > _MOST:
-        raise fields.wrong("prompt", f"it should be at most {_MOST:,} characters")
+    if len(text) > (most := max(_MOST, model.reach * model.longest_token)):
+        raise fields.wrong("prompt", f"it should be at most {most:,} characters")
     first = [model.opened.tokenizer.bos_id] if bos or not text else []
     return await _spelling(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
 
@@ -38,8 +37,8 @@ async def detokenize(request: HttpRequest) -> Response:
     fields = await fields_of(request, ("model", "tokens"))
     model = chosen(request, fields)
     ids, vocab = fields.get("tokens"), model.opened.model.config.vocab_size
-    if not isinstance(ids, list) or len(ids) > _MOST:
-        raise fields.wrong("tokens", f"it should be a list of at most {_MOST:,} ids")
+    if not isinstance(ids, list) or len(ids) > (most := max(_MOST, model.reach)):
+        raise fields.wrong("tokens", f"it should be a list of at most {most:,} ids")
 
     def spelt_out() -> Response:
         if not all(type(id) is int and 0 <= id < vocab for id in ids):
