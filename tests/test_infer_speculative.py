@@ -82,10 +82,10 @@ def greedy_without_guesses(kind):
     ("kind", "by", "kept"),
     [
         ("dense", "look-up", (0.1, 0.6)),
-        ("dense", "a near draft", (0.5, 0.95)),
+        ("dense", "a near draft", (0.3, 0.9)),
         ("dense", "another model", (0.001, 0.2)),
-        ("experts", "a near draft", (0.5, 0.95)),
-        ("latent", "a near draft", (0.5, 0.95)),
+        ("experts", "a near draft", (0.3, 0.9)),
+        ("latent", "a near draft", (0.3, 0.9)),
     ],
 )
 def test_greedy_output_is_the_same_in_1000_of_1000(kind, by, kept):
@@ -98,7 +98,7 @@ def test_greedy_output_is_the_same_in_1000_of_1000(kind, by, kept):
     same = [a == b for a, b in zip(guessed, greedy_without_guesses(kind), strict=True)]
     assert sum(same) == len(same) == 1000
     assert kept[0] < engine.right / engine.guessed < kept[1]
-    assert engine.guessed > 5000
+    assert engine.guessed > 3000
 
 
 @pytest.mark.slow
