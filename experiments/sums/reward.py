@@ -2,10 +2,10 @@
 
     llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/reward
 
-It learns from right answers beside ones with a slip that is made up: 500 steps of that raised 70 % of right answers to
-78 % with two to choose from, and with sixteen lowered them to 39 %, for it then meets slips that it has never seen, some
-of which it likes. So pairs of the model's own attempts should come beside those (Cobbe et al., arXiv 2110.14168), with
-which two raised them to 85 % and sixteen lowered them to 64 %:
+It learns from right answers beside ones with a slip that is made up. 500 steps of that alone raised 70 % of right
+answers to 78 % with two to choose from, and lowered them to 39 % with sixteen, among which it meets slips that it has
+never seen, and likes some. So pairs of the model's own attempts should come beside those (Cobbe et al., arXiv
+2110.14168), with which two raised them to 85 % and sixteen lowered them to 64 %:
 
     llmlab eval --workdir=runs/sums/sft --noheld_out --noconversations --split=train --limit=4000 \\
         --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
