@@ -174,7 +174,8 @@ class Engine:
         """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten.
 
         Requests under way go on from what the earlier weights have read, and leave nothing for others to find. Weights
-        that are ready for steps, one entry a layer and in the compute dtype, are not copied: do not donate them.
+        that are ready for steps, one entry a layer and in the compute dtype, are not copied: do not donate them. A
+        draft model keeps its own: as these move away from it, fewer of its guesses are kept.
         """
         self._device.publish(params)
         self.pages.forget()

@@ -12,7 +12,7 @@ from llmlab.infer.request import Request
 from llmlab.infer.speculative import Ends
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run:
     """A request on its way.
 
