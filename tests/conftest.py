@@ -1,5 +1,6 @@
 """Eight fake devices, strict ranks, and warnings as errors: set before jax starts."""
 
+import importlib.metadata
 import os
 import subprocess
 
@@ -7,7 +8,9 @@ import subprocess
 # the fusion emitters, whose code takes twice as long to compile as the classical one.
 FLAGS = "--xla_force_host_platform_device_count=8"
 FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters, nor this flag
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("LLMLAB_CACHE", os.path.join(os.path.dirname(__file__), ".cache"))
