@@ -1,13 +1,19 @@
-"""A server in a thread of its own, over tiny models with random weights, for real clients on a loopback port."""
+"""Servers for real clients on a loopback port: in a thread, over tiny models with random weights, or as a user starts
+one, over a run.
+"""
 
 import contextlib
 import dataclasses
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import uvicorn
@@ -25,6 +31,7 @@ from llmlab.serve.limits import Limits
 from llmlab.serve.models import Find, Served, served
 from llmlab.workdir.open import Opened
 from tests.helpers import random_params, tiny_llama
+from tests.runs import FAST_COMPILE, ROOT, Place
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog\n",
@@ -176,3 +183,37 @@ class _Script:
 
     def accept(self, token: int) -> None:
         self._place += 1
+
+
+class Process(NamedTuple):
+    """`llmlab serve`, with what it has said so far."""
+
+    url: str
+    process: subprocess.Popen[str]
+    said: str
+
+    def megabytes(self) -> float:
+        """Of memory that it holds."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1e3  # type: ignore[index]
+
+
+@contextlib.contextmanager
+def serving(place: Place, workdir: Path, *flags: str) -> Iterator[Process]:
+    """The process, over this run by the name of tiny, until the block is left."""
+    command = [sys.executable, "-m", "llmlab", "serve", f"--workdir=tiny={workdir}", "--port=0", *flags]
+    environment = os.environ | {"LLMLAB_CACHE": str(place.cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if line.startswith("try:"):
+                break
+        url = re.search(r"serving at (http://127\.0\.0\.1:\d+)", said)
+        assert url, said
+        yield Process(url[1], process, said)
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,12 +1,9 @@
 """`llmlab serve`: what is refused before anything is read, and a real process from its first line to SIGTERM."""
 
 import json
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 
 import httpx
@@ -14,7 +11,8 @@ import pytest
 
 from llmlab.core.errors import UserError
 from llmlab.serve.command import ServeConfig, is_loopback, named, read_keys, serve_command
-from tests.runs import ROOT, Place
+from tests.runs import Place
+from tests.serve_for_tests import serving
 
 
 @pytest.mark.parametrize(
@@ -71,18 +69,8 @@ def test_a_port_in_use_is_said_before_a_model_is_read():
 def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(tmp_path):
     place = Place(tmp_path)
     place.train(tmp_path / "run", "--config.run.steps=4", "--config.model.max_positions=2048")
-    command = [sys.executable, "-m", "llmlab", "serve", f"--workdir=tiny={tmp_path / 'run'}", "--port=0", "--slots=2"]
-    environment = os.environ | {"LLMLAB_CACHE": str(place.cache), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith("try:"):
-                break
-        said = "".join(lines)
+    with serving(place, tmp_path / "run", "--slots=2") as (url, process, said):
         assert re.search(r"tiny: compiled \d+ shapes in", said), said
-        url = re.search(r"serving at (http://127\.0\.0\.1:\d+)", said)[1]
         assert "tiny: completions, 2,048 positions, step 4" in said
         began, answers = threading.Barrier(4), []
 
@@ -117,8 +105,6 @@ def test_sigterm_finishes_what_was_admitted_and_refuses_the_rest(tmp_path):
         rest = process.stderr.read()
         assert process.wait(60) == 0, rest
         assert "what was begun is finished" in rest
-    finally:
-        process.kill()
     whole = [answer for answer in answers if isinstance(answer, httpx.Response)]
     assert [answer.status_code for answer in whole] == [200]
     for streamed in (answer for answer in answers if isinstance(answer, list)):
