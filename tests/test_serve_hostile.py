@@ -99,6 +99,8 @@ BAD = {
     "a vector of nothing": ("/v1/embeddings", {"input": [[]]}),
     "a vector of too much": ("/v1/embeddings", {"input": [1] * 10**4}),
     "ids that are texts": ("/detokenize", {"tokens": ["1"]}),
+    "ids that are no list": ("/detokenize", {"tokens": 1}),
+    "no ids at all": ("/detokenize", {}),
     "ids without end": (COMPLETE, {"prompt": [1] * 10**5}),
     "ids without end to spell": ("/detokenize", {"tokens": [1] * 10**5}),
     "text without end to read": ("/tokenize", {"prompt": "a" * 10**5}),

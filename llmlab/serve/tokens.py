@@ -26,7 +26,8 @@ async def tokenize(request: HttpRequest) -> Response:
         template = template.with_tools(offer.entries()) if offer.tools else template
         return await _spelling(lambda: _shown(template.render(turns, generate=opens).ids, model))
     text = fields.text("prompt")
-    if len(text) > (most := max(_MOST, model.reach * model.longest_token)):
+    most = max(_MOST, model.reach * model.longest_token)
+    if len(text) > most:
         raise fields.wrong("prompt", f"it should be at most {most:,} characters")
     first = [model.opened.tokenizer.bos_id] if bos or not text else []
     return await _spelling(lambda: _shown([*first, *model.opened.tokenizer.encode(text)], model))
@@ -37,7 +38,8 @@ async def detokenize(request: HttpRequest) -> Response:
     fields = await fields_of(request, ("model", "tokens"))
     model = chosen(request, fields)
     ids, vocab = fields.get("tokens"), model.opened.model.config.vocab_size
-    if not isinstance(ids, list) or len(ids) > (most := max(_MOST, model.reach)):
+    most = max(_MOST, model.reach)
+    if not isinstance(ids, list) or len(ids) > most:
         raise fields.wrong("tokens", f"it should be a list of at most {most:,} ids")
 
     def spelt_out() -> Response:
