@@ -1,6 +1,7 @@
 """Clients of a server, in a process of their own, so that they and it do not wait for one lock.
 
-    python -m tests.load URL PID RATE SECONDS    so many requests a second, whatever becomes of them
+    python -m tests.load crowd URL PID RATE SECONDS    so many requests a second, whatever becomes of them
+    python -m tests.load steady URL                    one stream after the other, until stdin ends
 
 What came of it is printed as JSON. The crowd sends texts and conversations, short and long, streamed or not; every
 fifth client goes away before it has its answer.
@@ -12,6 +13,7 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -88,9 +90,29 @@ class Crowd:
             self.taken.append(sum(map(int, re.findall(r"^llmlab_(?:running|waiting){.*} (\d+)$", text, re.MULTILINE))))
 
 
+def steady(url: str) -> list[list[float]]:
+    """Of each request: when it was sent, and when each piece of its text came."""
+    asked, done = {"prompt": "the", "max_tokens": 24, "ignore_eos": True, "stream": True}, threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), done.set()), daemon=True).start()
+    seen = []
+    with httpx.Client(base_url=url, timeout=300) as client:
+        while not done.is_set():
+            begun = time.monotonic()
+            with client.stream("POST", "/v1/completions", json=asked) as answer:
+                answer.raise_for_status()
+                lines = [(time.monotonic(), line) for line in answer.iter_lines() if line]
+            assert '"finish_reason":"length"' in lines[-2][1], lines
+            seen.append([begun, *(when for when, _ in lines[:-1])])
+            time.sleep(0.01)
+    return seen
+
+
 def main() -> None:
     """Prints what came of it."""
-    url, *numbers = sys.argv[1:]
+    kind, url, *numbers = sys.argv[1:]
+    if kind == "steady":
+        print(json.dumps(steady(url)))
+        return
     pid, rate, seconds = int(numbers[0]), float(numbers[1]), float(numbers[2])
     crowd = Crowd(url, pid)
     asyncio.run(crowd.run(rate, seconds))
