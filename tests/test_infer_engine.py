@@ -165,13 +165,45 @@ def test_a_long_prompt_does_not_stall_the_others():
         assert [event.number for event in engine.step()].count(short) == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_that_are_ready_are_not_copied(dtype):
-    model = make_model(dataclasses.replace(model_of("dense")[0].config, dtype=dtype))
+@pytest.mark.parametrize("kind", ["dense", "latent"])
+def test_pages_that_are_gathered_give_the_same_logits(kind, monkeypatch):
+    rows_BT = np.random.default_rng(0).integers(VOCAB, size=(3, 28)).astype(np.int32)
+    looped = logits_in_pages(*model_of(kind), rows_BT, (9, 10), size=4)
+    monkeypatch.setattr("llmlab.model.cache.loops_over_pages", lambda rows, tokens: False)
+    jax.clear_caches()
+    gathered = logits_in_pages(*model_of(kind), rows_BT, (9, 10), size=4)
+    assert 0 < relative(looped, gathered) < 1e-5
+
+
+def pointers(params):
+    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
+
+
+def test_weights_that_are_ready_are_not_copied():
+    model, params = model_of("dense")
+    made = ready(Decoder.of(model), params)
+    assert pointers(made) != pointers(params)
+    assert pointers(ready(Decoder.of(model), made)) == pointers(made)
+
+
+def test_what_is_put_side_by_side_is_deleted_where_nobody_needs_it():
+    model, _ = model_of("dense")
     params = model.unstack(random_params(model))
-    kept = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params)}
-    made = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(ready(Decoder.of(model), params))}
-    assert (made == kept) == (dtype == "float32")
+    attention = params["layers"][0]["attention"]
+    alone = {name: leaf for name, leaf in attention.items() if name not in ("query_DNH", "key_DKH", "value_DKH")}
+    made = ready(Decoder.of(model), params, release=True)["layers"][0]["attention"]
+    assert attention["query_DNH"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((alone, made)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_side_by_side_give_the_same_logits(kind):
+    model, params = model_of(kind)
+    params = model.unstack(params)
+    made, tokens_BT = ready(Decoder.of(model), params), np.arange(24).reshape(2, 12) % model.config.vocab_size
+    assert len(jax.tree.leaves(made)) < len(jax.tree.leaves(params))
+    wanted = np.asarray(model.logits(params, tokens_BT))
+    np.testing.assert_allclose(model.logits(made, tokens_BT), wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_cancelled_request_leaves_at_once():

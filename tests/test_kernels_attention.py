@@ -16,6 +16,7 @@ from llmlab.kernels import attention as attention_contract
 from llmlab.kernels import attention_blockwise, attention_cudnn
 from llmlab.kernels.attention import attention
 from llmlab.kernels.attention_mask import Mask
+from llmlab.kernels.attention_ragged import ragged
 
 FAST = ("short", "blockwise")
 
@@ -198,6 +199,54 @@ def test_several_queries_continue_a_cache(implementation):
     case["k_seg"] = (case["k_pos"] < np.array([[25], [13]])).astype(int)
     with jax.enable_x64(True):
         assert error(call(case, implementation), expected(case)) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "scale": 0.4}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 40, 0, 17), (9,), (3, 0, 0), (8, 8, 8, 8, 64)], ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+def test_rows_of_very_different_lengths_in_blocks_anywhere(T, lengths, options):
+    rng, (N, K, H, V, block, most) = np.random.default_rng(0), (4, 2, 8, 6, 4, 16)
+    B, given = len(lengths), {"scale": H**-0.5, "softcap": None} | options
+    sinks_N = rng.standard_normal(N) if given.pop("sinks", False) else None
+    places_BP = rng.permutation(B * most).reshape(B, most)
+    k_XSKH, v_XSKV = (rng.standard_normal((B * most, block, K, width)) for width in (H, V))
+    q_BTNH, lengths_B = rng.standard_normal((B, T, N, H)), np.array(lengths)
+    q_pos_BT = lengths_B[:, None] - T + np.arange(T)[None]
+    with jax.enable_x64(True):
+        keys, values, places = jnp.asarray(k_XSKH), jnp.asarray(v_XSKV), jnp.asarray(places_BP)
+
+        def block_of(row_C, number_C):
+            place_C = places[row_C, jnp.minimum(number_C, most - 1)]
+            return keys[place_C], values[place_C]
+
+        out = ragged(
+            jnp.asarray(q_BTNH),
+            block_of,
+            block=block,
+            most=most,
+            lengths_B=jnp.asarray(lengths_B, jnp.int32),
+            q_positions_BT=jnp.asarray(q_pos_BT, jnp.int32),
+            sinks_N=sinks_N,
+            **given,
+        )
+    k, v = k_XSKH[places_BP].reshape(B, -1, K, H), v_XSKV[places_BP].reshape(B, -1, K, V)
+    k_pos = np.broadcast_to(np.arange(most * block), (B, most * block))
+    k_seg = (k_pos < lengths_B[:, None]).astype(int)
+    truth = numpy_attention(
+        q_BTNH,
+        k,
+        v,
+        q_pos_BT,
+        k_pos,
+        np.ones((B, T), int),
+        k_seg,
+        True,
+        None,
+        given["softcap"],
+        sinks_N,
+        given["scale"],
+    )
+    assert error(out, truth) < 1e-12
 
 
 def test_segment_ids_of_the_keys_alone_mark_unwritten_slots():

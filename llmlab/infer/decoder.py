@@ -42,14 +42,19 @@ def ready_for_steps(decoder: Decoder, params: Params) -> Params:
     return jax.tree.map(cast, decoder.unstack(params), is_leaf=lambda leaf: isinstance(leaf, weights.WeightLeaf))
 
 
-def ready(decoder: Decoder, params: Params) -> Params:
-    """As `ready_for_steps`; the parameters themselves where nothing is left to do, and not a copy of each."""
+def ready(decoder: Decoder, params: Params, *, release: bool = False) -> Params:
+    """As `ready_for_steps`, and what multiplies the same vectors side by side where one device has all of it.
+
+    Nothing else is copied where nothing is left to do. `release` deletes what is copied side by side: give it where
+    nobody else needs `params`.
+    """
     wanted: Any = jax.eval_shape(functools.partial(ready_for_steps, decoder), params)
     structures: list[Any] = [jax.tree.structure(tree) for tree in (wanted, params)]
     is_ready = structures[0] == structures[1] and jax.tree.all(
         jax.tree.map(lambda a, b: isinstance(b, jax.Array) and a.dtype == b.dtype, wanted, params)
     )
-    return params if is_ready else _made_ready(decoder, params)
+    params = params if is_ready else _made_ready(decoder, params)
+    return weights.joined(params, release=release) if decoder.partition is None else params
 
 
 _made_ready = jax.jit(ready_for_steps, static_argnums=0)

@@ -22,6 +22,7 @@ from llmlab.infer.engine_run import Flight, Run, Shapes, at_least, buckets
 from llmlab.infer.engine_step import Drawn, Scored
 from llmlab.infer.paging import Pages
 from llmlab.infer.request import Event, Finish, Request
+from llmlab.model.cache import loops_over_pages
 from llmlab.model.types import Model, Params
 
 NEVER = sys.maxsize  # pages that a request has to fill before any of them is known
@@ -84,7 +85,12 @@ class Engine:
         # What rings and recurrent states hold of a row's beginning is gone once it has gone on.
         self._reuse = config.reuse and self._device.all_in_pages
         reads = buckets(32, min(config.prefill, self._reach))
-        sizes = (buckets(1, config.slots), buckets(8, row_pages), reads)
+
+        def tables(rows: int) -> list[int]:
+            sizes = buckets(8, row_pages)
+            return [each for each in sizes if each == row_pages or not loops_over_pages(rows, each * config.page_size)]
+
+        sizes = (buckets(1, config.slots), (tables(2), tables(1)), reads)
         self._shapes = Shapes(config.slots, pages, self._vocab, *sizes)
         self._free_slots = list(range(config.slots - 1, -1, -1))
         self._waiting: collections.deque[Run] = collections.deque()
@@ -174,7 +180,7 @@ class Engine:
         """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten.
 
         Requests under way go on from what the earlier weights have read, and leave nothing for others to find. Weights
-        that are ready for steps, one entry a layer and in the compute dtype, are not copied: do not donate them. A
+        as `infer.decoder.ready` leaves them are not copied: do not donate them. A
         draft model keeps its own: as these move away from it, fewer of its guesses are kept.
         """
         self._device.publish(params)
@@ -188,8 +194,8 @@ class Engine:
         They are kept in the compilation cache, where there is one. `progress` gets how many are done, of how many.
         """
         sizes, widths = self._shapes, sorted({1, 1 + self.config.guesses})
-        shapes = [(R, P, T, True) for P in sizes.page_buckets for R in sizes.row_buckets for T in widths]
-        shapes += [(1, P, T, False) for P in sizes.page_buckets for T in sizes.read_buckets]
+        shapes = [(R, P, T, True) for R in sizes.row_buckets for P in sizes.tables(R) for T in widths]
+        shapes += [(1, P, T, False) for P in sizes.tables(1) for T in sizes.read_buckets]
         for number, (R, P, T, draws) in enumerate(shapes):
             rows = sizes.rows([], R, P)
             if draws:

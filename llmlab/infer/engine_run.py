@@ -57,26 +57,33 @@ class Flight(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The sizes that compile. slots, pages: how many there are, and so the numbers that stand for none of them."""
+    """The sizes that compile. slots, pages: how many there are, and so the numbers that stand for none of them.
+
+    page_buckets: pages in the tables of several rows, and of one.
+    """
 
     slots: int
     pages: int
     vocab: int
     row_buckets: list[int]
-    page_buckets: list[int]
+    page_buckets: tuple[list[int], list[int]]
     read_buckets: list[int]
 
     def rows(self, runs: Sequence[Run], R: int = 0, P: int = 0) -> Rows:
         """These runs, padded to a bucket, or to R rows of P pages."""
         R = R or at_least(len(runs), self.row_buckets)
         most = max((len(run.pages) for run in runs), default=0)
-        table = np.full((R, P or at_least(most, self.page_buckets)), self.pages, np.int32)
+        table = np.full((R, P or at_least(most, self.tables(R))), self.pages, np.int32)
         slot, length = np.full(R, self.slots, np.int32), np.zeros(R, np.int32)
         for row, run in enumerate(runs):
             slot[row], length[row] = run.slot, run.cached
             table[row, : len(run.pages)] = run.pages
         arrays: Any = (slot, length, table)
         return Rows(*arrays)
+
+    def tables(self, R: int) -> list[int]:
+        """How many pages the tables of R rows may have."""
+        return self.page_buckets[R == 1]
 
     def wanted(self, runs: Sequence[Run], inputs: Sequence[list[int]], counts: Sequence[int], R: int, T: int) -> Wanted:
         """What goes into each run, of which `counts` are real, and how it is drawn from; padded to [R, T]."""

@@ -49,12 +49,16 @@ class Layer(nn.Module):
         self, x: jax.Array, wanted: dict[str, tuple[tuple[int, ...], Axes]], bias: bool = False
     ) -> list[jax.Array]:
         """`linear` for several weights, {name: (shape, axes)}, at once."""
-        leaves = [self._linear_weight(name, shape, axes, 1) for name, (shape, axes) in wanted.items()]
-        whole = self.partition is None or all(
-            self.partition.size(axis) == 1 for _, axes in wanted.values() for axis in axes[1:] if axis
-        )
         shapes = [shape for shape, _ in wanted.values()]
-        outs = weights.products(x, leaves, shapes, flatten=self._flat, join=whole and x.shape[1] > 1)
+        joined = weights.joined_name(wanted)
+        if self.has_variable("params", joined):
+            outs = weights.products_of_joined(x, self.get_variable("params", joined), shapes, flatten=self._flat)
+        else:
+            leaves = [self._linear_weight(name, shape, axes, 1) for name, (shape, axes) in wanted.items()]
+            whole = self.partition is None or all(
+                self.partition.size(axis) == 1 for _, axes in wanted.values() for axis in axes[1:] if axis
+            )
+            outs = weights.products(x, leaves, shapes, flatten=self._flat, join=whole and x.shape[1] > 1)
         return [self._biased(out, name, *wanted[name], 1, bias) for out, name in zip(outs, wanted, strict=True)]
 
     def _linear_weight(self, name: str, shape: tuple[int, ...], axes: Axes, dims_in: int) -> Any:

@@ -5,7 +5,7 @@ row with n tokens in R slots, slot s holds the latest position p < n with p ≡ 
 by a `CacheSpec`, and only the layer looks inside.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from llmlab.core.mesh import Axes
+from llmlab.kernels.attention import attention
+from llmlab.kernels.attention_ragged import ragged
 from llmlab.model.pages import Pool, empty_pool, read_pages, write_pages
+from llmlab.model.types import Inputs
+
+Kept = dict[str, jax.Array]
+PAGES_AT_ONCE = 4  # of a row, in one turn of the loop over them
+SHORT_ROW = 256  # tokens that are gathered in less time than a loop over them takes, where there is but one row
 
 
 class CacheSpec(NamedTuple):
@@ -91,14 +98,82 @@ def empty(specs: Mapping[str, CacheSpec], batch: int) -> dict[str, jax.Array]:
 class Seen(NamedTuple):
     """What the queries of one layer look at: what is kept of each token, [B, S, K, H] by name, and which tokens."""
 
-    kept: dict[str, jax.Array]
+    kept: Kept
     positions_BS: jax.Array
     segment_ids_BS: jax.Array
     q_segment_ids_BT: jax.Array
 
 
+def attend(
+    q_BTNH: jax.Array,
+    new: Kept,
+    expand: Callable[[Kept], tuple[jax.Array, jax.Array]],
+    inputs: Inputs,
+    filled: Filled | None,
+    cache: dict[str, Any] | None,
+    *,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks_N: jax.Array | None = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, dict[str, Any] | None]:
+    """out_BTNH of queries once these new tokens, [B, T, K, H] by name, are there; and the cache with them, if any.
+
+    expand: keys and values, [B, S, K, H] and [B, S, K, V], of what is kept of tokens.
+    """
+    positions_BT, segment_ids_BT = inputs.positions_BT, inputs.segment_ids_BT
+    table_BP = filled.table_BP if filled is not None and _in_pages(cache) else None
+    if table_BP is not None and loops_over_pages(len(table_BP), table_BP.shape[1] * _page_size(cache)):
+        assert filled is not None
+        pools = _written(new, segment_ids_BT, filled, cache)
+        lengths_B = filled.lengths_B + _added(segment_ids_BT)
+
+        def block_of(row_C: jax.Array, number_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+            places_CP = number_C[:, None] * PAGES_AT_ONCE + jnp.arange(PAGES_AT_ONCE, dtype=jnp.int32)[None]
+            table_CP = table_BP.at[row_C[:, None], places_CP].get(mode="clip")
+            return expand({name: read_pages(pool, table_CP, new[name].dtype) for name, pool in pools.items()})
+
+        out_BTNH = ragged(
+            q_BTNH,
+            block_of,
+            block=PAGES_AT_ONCE * _page_size(pools),
+            most=-(-table_BP.shape[1] // PAGES_AT_ONCE),
+            lengths_B=lengths_B,
+            q_positions_BT=positions_BT,
+            scale=q_BTNH.shape[3] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks_N=sinks_N,
+        )
+        return out_BTNH, pools
+    seen, after = seen_with(new, positions_BT, segment_ids_BT, filled, cache, window)
+    out_BTNH = attention(
+        q_BTNH,
+        *expand(seen.kept),
+        q_positions_BT=positions_BT,
+        k_positions_BS=seen.positions_BS,
+        q_segment_ids_BT=seen.q_segment_ids_BT,
+        k_segment_ids_BS=seen.segment_ids_BS,
+        window=window,
+        softcap=softcap,
+        sinks_N=sinks_N,
+        scale=scale,
+        implementation=implementation,
+        rows_in_order=cache is None,
+    )
+    return out_BTNH, after
+
+
+def loops_over_pages(rows: int, tokens: int) -> bool:
+    """Whether steps loop over the pages that so many rows have, whose tables reach so many tokens, or gather them all.
+
+    On CPU a loop takes half the time where rows differ, and serves all lengths; one short row is gathered sooner.
+    """
+    return jax.default_backend() == "cpu" and (rows > 1 or tokens > SHORT_ROW)
+
+
 def seen_with(
-    new: dict[str, jax.Array],
+    new: Kept,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     filled: Filled | None,
@@ -109,16 +184,12 @@ def seen_with(
     if cache is None:
         return Seen(new, positions_BT, segment_ids_BT, segment_ids_BT), None
     assert filled is not None
-    lengths_B = filled.lengths_B
+    lengths_B, added_B = filled.lengths_B, _added(segment_ids_BT)
     # A row of a cache is one document.
     q_segment_ids_BT = (segment_ids_BT > 0).astype(jnp.int32)
-    added_B = jnp.sum(q_segment_ids_BT, axis=1, dtype=jnp.int32)
-    if isinstance(next(iter(cache.values())), Pool):
+    if _in_pages(cache):
         assert filled.table_BP is not None
-        pools = {
-            name: write_pages(pool, new[name], filled.table_BP, lengths_B, segment_ids_BT > 0)
-            for name, pool in cache.items()
-        }
+        pools = _written(new, segment_ids_BT, filled, cache)
         kept = {name: read_pages(pool, filled.table_BP, new[name].dtype) for name, pool in pools.items()}
         held = held_by(lengths_B + added_B, next(iter(kept.values())).shape[1])
         return Seen(kept, *held, q_segment_ids_BT), pools
@@ -137,3 +208,25 @@ def seen_with(
     positions_BS = jnp.concatenate([before_positions_BS, positions_BT], axis=1)
     segment_ids_BS = jnp.concatenate([before_segment_ids_BS, q_segment_ids_BT], axis=1)
     return Seen(kept, positions_BS, segment_ids_BS, q_segment_ids_BT), written
+
+
+def _in_pages(cache: dict[str, Any] | None) -> bool:
+    return cache is not None and isinstance(next(iter(cache.values())), Pool)
+
+
+def _page_size(pools: Any) -> int:
+    return next(iter(pools.values())).values.shape[2]
+
+
+def _written(new: Kept, segment_ids_BT: jax.Array, filled: Filled, cache: dict[str, Any] | None) -> dict[str, Pool]:
+    assert cache is not None
+    assert filled.table_BP is not None
+    return {
+        name: write_pages(pool, new[name], filled.table_BP, filled.lengths_B, segment_ids_BT > 0)
+        for name, pool in cache.items()
+    }
+
+
+def _added(segment_ids_BT: jax.Array) -> jax.Array:
+    """How many of the new tokens of each row are real."""
+    return jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from llmlab.kernels.attention import attention
 from llmlab.model import cache as caches
 from llmlab.model.base import Norm
 from llmlab.model.layers import Attention
@@ -55,21 +54,17 @@ class LatentAttention(Attention):
         turned_BTNH = rotate(q_BTNH[..., latent.nope_dim :], rotary, c.rope.interleaved)
         q_BTNH = jnp.concatenate([q_BTNH[..., : latent.nope_dim], turned_BTNH], axis=-1)
         q_BTNH = self.constrain(q_BTNH, "batch", "time", "act_heads", None)
-        seen, cache = caches.seen_with(new, inputs.positions_BT, inputs.segment_ids_BT, filled, cache, self.window)
-        k_BSNH, v_BSNH = self._keys_and_values(seen.kept["latent_B1SR"][:, :, 0], seen.kept["turned_key_B1SH"])
-        out_BTNH = attention(
+        out_BTNH, cache = caches.attend(
             q_BTNH,
-            k_BSNH,
-            v_BSNH,
-            q_positions_BT=inputs.positions_BT,
-            k_positions_BS=seen.positions_BS,
-            q_segment_ids_BT=seen.q_segment_ids_BT,
-            k_segment_ids_BS=seen.segment_ids_BS,
+            new,
+            lambda kept: self._keys_and_values(kept["latent_B1SR"][:, :, 0], kept["turned_key_B1SH"]),
+            inputs,
+            filled,
+            cache,
             window=self.window,
-            softcap=c.attention_softcap,
             scale=c.attention_scale or None,
+            softcap=c.attention_softcap,
             implementation=c.attention,
-            rows_in_order=cache is None,
         )
         shape = (c.heads, latent.value_dim, c.width)
         return self.linear(out_BTNH, "out_NHD", shape, ("heads", "head_dim", "embed"), dims_in=2), cache

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llmlab.core.arrays import accumulation_dtype
-from llmlab.kernels.attention import attention
 from llmlab.model import cache as caches
 from llmlab.model import weights
 from llmlab.model.base import Layer, Norm, linear_init
@@ -64,32 +63,22 @@ class Attention(Layer):
         # Every query may look at any key: with time sharded, keys and values are gathered here.
         k_BSKH = self.constrain(k_BTKH, "batch", None, "act_heads", None)
         v_BSKH = self.constrain(v_BTKH, "batch", None, "act_heads", None)
-        seen, cache = caches.seen_with(
-            {"k_BKSH": k_BSKH, "v_BKSH": v_BSKH},
-            inputs.positions_BT,
-            inputs.segment_ids_BT,
-            filled,
-            cache,
-            self.window,
-        )
         sinks_N = None
         if c.attention_sinks:
             leaf = self.weight("sinks_N", nn.initializers.zeros, (c.heads,), ("heads",))
             sinks_N = weights.dense(leaf, accumulation_dtype(c.dtype))
-        out_BTNH = attention(
+        out_BTNH, cache = caches.attend(
             q_BTNH,
-            seen.kept["k_BKSH"],
-            seen.kept["v_BKSH"],
-            q_positions_BT=inputs.positions_BT,
-            k_positions_BS=seen.positions_BS,
-            q_segment_ids_BT=seen.q_segment_ids_BT,
-            k_segment_ids_BS=seen.segment_ids_BS,
+            {"k_BKSH": k_BSKH, "v_BKSH": v_BSKH},
+            lambda kept: (kept["k_BKSH"], kept["v_BKSH"]),
+            inputs,
+            filled,
+            cache,
             window=self.window,
+            scale=c.attention_scale or None,
             softcap=c.attention_softcap,
             sinks_N=sinks_N,
-            scale=c.attention_scale or None,
             implementation=c.attention,
-            rows_in_order=cache is None,
         )
         shape, axes = (c.heads, c.H, c.width), ("heads", "head_dim", "embed")
         return self.linear(out_BTNH, "out_NHD", shape, axes, dims_in=2, bias=c.attention_bias == "qkvo"), cache

@@ -5,6 +5,7 @@ a weight with a low-rank adapter. Layers never index or multiply a leaf themselv
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -86,19 +87,70 @@ def products(
     False where devices hold parts of their columns, and for one row, where copying the weights costs more. Updates come
     after their bases' products, joined as without them: while an adapter is zero it changes no bit.
     """
-    flat = _flat(x, 1, flatten)
     bases = [leaf.base if isinstance(leaf, UpdatedLeaf) else leaf for leaf in leaves]
-    if not join or any(isinstance(base, WeightLeaf) for base in bases):
-        outs = [contracted(flat, base, 1) for base in bases]
+    if join and not any(isinstance(base, WeightLeaf) for base in bases):
+        outs = products_of_joined(x, _side_by_side(bases), shapes, flatten=flatten)
     else:
-        joined = jnp.concatenate([base.reshape(len(base), -1) for base in bases], axis=1)
-        ends = np.cumsum([math.prod(shape[1:]) for shape in shapes])[:-1]
-        outs = jnp.split(contracted(flat, joined, 1), ends, axis=-1)
-    outs = [
-        leaf.updated(flat, out) if isinstance(leaf, UpdatedLeaf) else out
-        for leaf, out in zip(leaves, outs, strict=True)
+        outs = [product(x, base, shape, 1, flatten=flatten) for base, shape in zip(bases, shapes, strict=True)]
+    flat = _flat(x, 1, flatten)
+    return [
+        leaf.updated(flat, _flat(out, len(shape) - 1, flatten)).reshape(out.shape)
+        if isinstance(leaf, UpdatedLeaf)
+        else out
+        for leaf, out, shape in zip(leaves, outs, shapes, strict=True)
     ]
+
+
+def products_of_joined(
+    x: jax.Array, wide: jax.Array, shapes: list[tuple[int, ...]], *, flatten: bool = True
+) -> list[jax.Array]:
+    """x's last axis contracted with the first of each of the weights, of these shapes, that stand side by side."""
+    ends = np.cumsum([math.prod(shape[1:]) for shape in shapes])[:-1]
+    outs = jnp.split(contracted(_flat(x, 1, flatten), wide, 1), ends, axis=-1)
     return [out.reshape(*x.shape[:-1], *shape[1:]) for out, shape in zip(outs, shapes, strict=True)]
+
+
+# What multiplies the same vectors: the weights of each `products` in the models.
+TOGETHER = (
+    ("query_DNH", "key_DKH", "value_DKH"),
+    ("gate_DF", "up_DF"),
+    ("latent_DR", "turned_key_DH"),
+    ("key_RNH", "value_RNH"),
+    ("z_DNH", "x_DNH", "b_DKZ", "c_DKZ", "dt_DN"),
+)
+
+
+def joined_name(names: Iterable[str]) -> str:
+    """Where weights of these names stand side by side."""
+    return "+".join(names)
+
+
+def joined(params: Any, *, release: bool = False) -> Any:
+    """`params` with those weights side by side that multiply the same vectors, as one matrix [in, out + out + …].
+
+    For steps of few tokens, which then read them in one product: 25% less time for all products of one row on 2 CPU
+    cores. What stands for an array stays as it is. `release` deletes arrays once they are copied: `params` are used up.
+    """
+    if isinstance(params, list | tuple):
+        return type(params)(joined(each, release=release) for each in params)
+    if not isinstance(params, Mapping):
+        return params
+    out = {name: joined(each, release=release) for name, each in params.items()}
+    for names in TOGETHER:
+        if all(isinstance(out.get(name), jax.Array) for name in names):
+            leaves = [out.pop(name) for name in names]
+            out[joined_name(names)] = jax.block_until_ready(_joined(leaves))
+            if release:
+                for leaf in leaves:
+                    leaf.delete()
+    return out
+
+
+def _side_by_side(matrices: list[Any]) -> jax.Array:
+    return jnp.concatenate([matrix.reshape(len(matrix), -1) for matrix in matrices], axis=1)
+
+
+_joined = jax.jit(_side_by_side)
 
 
 def _flat(x: jax.Array, dims_in: int, flatten: bool) -> jax.Array:

@@ -77,7 +77,7 @@ def serve_command(
         for name, folder in names.items():
             opened = open_model(folder)
             # As the engine would have them, which otherwise keeps weights of its own beside these.
-            opened = opened._replace(params=ready(Decoder.of(opened.model), opened.params))
+            opened = opened._replace(params=ready(Decoder.of(opened.model), opened.params, release=True))
             find = finder(opened) if finder else None
             engine = Engine(opened.model, opened.params, config.engine)
             _compile(engine, name)

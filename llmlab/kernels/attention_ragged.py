@@ -1,0 +1,97 @@
+"""Attention of rows that have keys of very different number, which lie in blocks anywhere: for steps of decoding.
+
+The blocks of all rows make one list, and a loop goes through it some at a time, with a running softmax for each row
+(arXiv 2205.14135, 2309.06180). So the work is that of the blocks that there are, not of the longest row times the rows,
+and one compiled loop serves all lengths. For CPU: on a GPU every turn of the loop is a stop.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llmlab.core.arrays import accumulation_dtype
+
+LOWEST = -1e30  # in place of -inf, from which nothing can be taken
+MOST_AT_ONCE = 32  # blocks in a turn: what they hold stays in a core's cache
+
+
+class _Softmax(NamedTuple):
+    """Of each query so far: its highest score, and sums of e^(score - highest), plain and of values."""
+
+    highest_BKGT: jax.Array
+    total_BKGT: jax.Array
+    sum_BKGTV: jax.Array
+
+
+def ragged(
+    q_BTNH: jax.Array,
+    block_of: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    *,
+    block: int,
+    most: int,
+    lengths_B: jax.Array,
+    q_positions_BT: jax.Array,
+    scale: float,
+    softcap: float | None = None,
+    sinks_N: jax.Array | None = None,
+) -> jax.Array:
+    """Grouped-query attention, causal; out [B, T, N, width of v], zeros for rows of no keys.
+
+    Args:
+      block_of: of rows [C] and numbers [C] of a block in each: keys and values, [C, block, K, H] and [C, block, K, V].
+      block: keys in a block. most: blocks that any row may have.
+      lengths_B: keys of each row, whose positions are 0, 1, …
+      scale, softcap, sinks_N: as `attention` has them.
+    """
+    (B, T, N, _), dtype = q_BTNH.shape, accumulation_dtype(q_BTNH.dtype)
+    at_once = max(4, min(2 * B, MOST_AT_ONCE))
+    # Outside of the loop, and the same for every layer of a step: computed once.
+    ends_B = jnp.cumsum(-(-lengths_B // block))
+    item_I = jnp.arange(-(-B * most // at_once) * at_once, dtype=jnp.int32)
+    row_I = jnp.sum(item_I[:, None] >= ends_B[None], axis=1, dtype=jnp.int32)
+    begins_B = jnp.concatenate([jnp.zeros(1, ends_B.dtype), ends_B])
+    number_I = item_I - begins_B[row_I].astype(jnp.int32)
+    last_IT = jnp.minimum(q_positions_BT, lengths_B[:, None] - 1).at[row_I].get(mode="fill", fill_value=-1)
+    is_of_IB = row_I[:, None] == jnp.arange(B, dtype=jnp.int32)[None]
+    items = (jnp.minimum(row_I, B - 1), number_I, last_IT - number_I[:, None] * block, is_of_IB)
+
+    keys, values = jax.eval_shape(block_of, row_I[:at_once], number_I[:at_once])
+    K, V = keys.shape[2], values.shape[3]
+    q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
+
+    def body(carry: tuple[jax.Array, _Softmax]) -> tuple[jax.Array, _Softmax]:
+        first, before = carry
+        row_C, number_C, last_CT, is_of_CB = (jax.lax.dynamic_slice_in_dim(each, first, at_once) for each in items)
+        k_CSKH, v_CSKV = block_of(row_C, number_C)
+        scores_CKGTS = jnp.einsum("CKGTH,CSKH->CKGTS", q_BKGTH[row_C], k_CSKH, preferred_element_type=dtype)
+        if softcap is not None:
+            scores_CKGTS = softcap * jnp.tanh(scores_CKGTS / softcap)
+        seen_CTS = jnp.arange(block, dtype=jnp.int32)[None, None] <= last_CT[:, :, None]
+        scores_CKGTS = jnp.where(seen_CTS[:, None, None], scores_CKGTS, LOWEST)
+        # Blocks of one row come together, at the highest score of any.
+        of_row_CBKGT = jnp.where(is_of_CB[:, :, None, None, None], jnp.max(scores_CKGTS, axis=-1)[:, None], LOWEST)
+        highest_BKGT = jnp.maximum(before.highest_BKGT, jnp.max(of_row_CBKGT, axis=0))
+        weights_CKGTS = jnp.exp(scores_CKGTS - highest_BKGT[row_C][..., None]) * seen_CTS[:, None, None]
+        sum_CKGTV = jnp.einsum(
+            "CKGTS,CSKV->CKGTV", weights_CKGTS.astype(v_CSKV.dtype), v_CSKV, preferred_element_type=dtype
+        )
+        kept_BKGT, of_CB = jnp.exp(before.highest_BKGT - highest_BKGT), is_of_CB.astype(dtype)
+        total_BKGT = jnp.einsum("CB,CKGT->BKGT", of_CB, jnp.sum(weights_CKGTS, axis=-1))
+        sum_BKGTV = jnp.einsum("CB,CKGTV->BKGTV", of_CB, sum_CKGTV)
+        return first + at_once, _Softmax(
+            highest_BKGT,
+            before.total_BKGT * kept_BKGT + total_BKGT,
+            before.sum_BKGTV * kept_BKGT[..., None] + sum_BKGTV,
+        )
+
+    queries = (B, K, N // K, T)
+    start = _Softmax(jnp.full(queries, LOWEST, dtype), jnp.zeros(queries, dtype), jnp.zeros((*queries, V), dtype))
+    _, done = jax.lax.while_loop(lambda carry: carry[0] < ends_B[-1], body, (jnp.int32(0), start))
+    total_BKGT = done.total_BKGT
+    if sinks_N is not None:
+        # A row of no keys has no highest score: its sum is 0 whatever this is.
+        total_BKGT += jnp.exp(jnp.minimum(sinks_N.astype(dtype).reshape(1, K, N // K, 1) - done.highest_BKGT, 80))
+    out_BKGTV = done.sum_BKGTV / jnp.where(total_BKGT > 0, total_BKGT, 1)[..., None]
+    return out_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, N, V).astype(q_BTNH.dtype)
