@@ -1,9 +1,9 @@
-"""Choosing among answers: what they come to, what most say, and what a reward model says of each."""
+"""Choosing among answers: what they come to, what most say, and the reward of each."""
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
-from llmlab.core.errors import UserError
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.data.chat import Message
 from llmlab.infer.choose import Judge, final_answer, majority
@@ -40,9 +40,9 @@ def test_what_most_answers_say(answers, place):
     assert majority(answers) == place
 
 
-def judge(partition=None):
-    model = make_model(tiny_llama(vocab_size=TOKENIZER.vocab_size, head="score", max_positions=96), partition)
-    return Opened(model, random_params(model, seed=3), TOKENIZER, 5, {})
+def judge(partition=None, head="score", kind=""):
+    model = make_model(tiny_llama(vocab_size=TOKENIZER.vocab_size, head=head, max_positions=96), partition)
+    return Opened(model, random_params(model, seed=3), TOKENIZER, 5, {"objective": {"kind": kind} if kind else {}})
 
 
 CONVERSATIONS = [
@@ -58,9 +58,23 @@ def test_a_score_is_that_of_the_last_token():
         np.testing.assert_allclose(score, opened.model.score(opened.params, hidden_BTD)[0, -1], rtol=1e-4, atol=1e-5)
 
 
-def test_scores_on_a_mesh_are_those_of_one_device():
-    there = Judge(judge(make_partition(MeshConfig(data=4, tensor=2)))).scores(CONVERSATIONS)
-    np.testing.assert_allclose(there, Judge(judge()).scores(CONVERSATIONS), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind", ["", "sigmoid", "simpo"])
+def test_a_model_that_writes_rewards_what_it_finds_likely(kind):
+    opened = judge(head="tokens", kind=kind)
+    earlier = (Message("user", "b"), Message("assistant", "ccc"), *CONVERSATIONS[0])
+    conversations = [*CONVERSATIONS, earlier]
+    for conversation, score in zip(conversations, Judge(opened).scores(conversations), strict=True):
+        ids, begin = TEMPLATE.render(conversation).ids, len(TEMPLATE.render(conversation[:-1], generate=True).ids)
+        logits_TV = opened.model.logits(opened.params, np.asarray([ids], np.int32))[0]
+        logp_T = log_softmax(np.asarray(logits_TV, np.float64), axis=-1)[np.arange(len(ids) - 1), ids[1:]]
+        said_T = logp_T[begin - 1 :]
+        np.testing.assert_allclose(score, said_T.mean() if kind == "simpo" else said_T.sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["score", "tokens"])
+def test_scores_on_a_mesh_are_those_of_one_device(head):
+    there = Judge(judge(make_partition(MeshConfig(data=4, tensor=2)), head)).scores(CONVERSATIONS)
+    np.testing.assert_allclose(there, Judge(judge(head=head)).scores(CONVERSATIONS), rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_comes_last():
@@ -70,9 +84,3 @@ def test_what_does_not_fit_comes_last():
     assert scores[0] == -np.inf
     assert np.isfinite(scores[1])
     assert done == [1]
-
-
-def test_a_model_that_writes_is_no_judge():
-    model = make_model(tiny_llama(vocab_size=TOKENIZER.vocab_size))
-    with pytest.raises(UserError, match=r"model.head=score"):
-        Judge(Opened(model, random_params(model), TOKENIZER, 5, {}))

@@ -254,9 +254,9 @@ def test_budgets_that_cannot_be_kept(ask, given, says):
         ask(**given)
 
 
-def test_a_reward_model_that_gives_no_score_is_refused_before_a_model_is_read():
+def test_a_reward_model_without_a_chat_template_is_refused_before_a_model_is_read():
     def read(folder):
-        return opened_model() if folder == "runs/reward" else pytest.fail("read")
+        return opened_model(chat=False) if folder == "runs/reward" else pytest.fail("read")
 
-    with pytest.raises(UserError, match="gives no score"):
+    with pytest.raises(UserError, match="no chat markers"):
         serve_command(ServeConfig(("a",), port=0, reward="runs/reward"), read)

@@ -1,6 +1,6 @@
 """How much is gained by answering several times: how often the answer chosen among n attempts is right, as n grows.
 
-Chosen by self-consistency, the answer of most (arXiv 2203.11171), or by a reward model, the best of n (2009.01325).
+Chosen by self-consistency, the answer of most (arXiv 2203.11171), or by a reward, the best of n (2009.01325).
 Beside them the share of questions of which any attempt is right, which no choice can surpass.
 """
 
@@ -16,7 +16,7 @@ from llmlab.infer.kept import Row, as_turns
 from llmlab.model.types import Model, Params
 
 Attempts = list[dict[str, Any]]
-LABELS = {"majority": "the answer of most", "best": "the best by the reward model", "any": "any of them right"}
+LABELS = {"majority": "the answer of most", "best": "the best by the reward", "any": "any of them right"}
 
 
 def attempts(

@@ -57,8 +57,8 @@ class EvalConfig:
     conversations: where the run is of conversations, measure what the model answers to those that it has not seen, in
     turns of at most turn_tokens, drawn at turn_temperature.
     attempts: so many answers to each of these conversations, to see what choosing among them gains; reward: the workdir
-    of a reward model that chooses too; pairs: a file that right ones beside wrong ones are added to, as rows that a
-    reward model learns from. See `llmlab.eval.attempts`.
+    of a model that chooses too, see `llmlab.infer.choose.Judge`; pairs: a file that right ones beside wrong ones are
+    added to, as rows that a reward model learns from. See `llmlab.eval.attempts`.
     tasks: JSON lines files (see `llmlab.eval.tasks`). few_shot: solved examples in each prompt, from few_shot_file or
     else from the task's other rows. limit: the first so many rows of each task, or conversations; 0 is all, or 500.
     max_tokens, temperature, seed, extract: of tasks with written answers; see `llmlab.eval.scoring.Generation`.

@@ -1,4 +1,4 @@
-"""Several answers, and one to choose: by what most of them come to, or by a reward model.
+"""Several answers, and one to choose: by what most of them come to, or by a reward.
 
 Self-consistency (Wang et al., arXiv 2203.11171) and best-of-n (Stiennon et al., arXiv 2009.01325).
 """
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmlab.data.chat import Message, template_for
-from llmlab.model.score import check_scores
 from llmlab.model.types import Inputs, Params
+from llmlab.objective.base import target_logps
+from llmlab.objective.preference import PER_TOKEN
 from llmlab.workdir.open import Opened
 
 BATCH = 16
@@ -49,53 +50,71 @@ def numbers(text: str) -> list[Decimal]:
 
 
 class Judge:
-    """A reward model, asked about whole conversations.
+    """A model that gives whole conversations a reward.
+
+    Of a reward model that is the score of their last token; of a model that predicts tokens the log-probability of
+    their last turn, or, where the objective of its run compares means over tokens, its mean.
 
     Raises:
-      UserError: a model that predicts tokens, or whose tokenizer has no chat template.
+      UserError: the model's tokenizer has no chat template.
     """
 
     def __init__(self, opened: Opened):
-        check_scores(opened.model.config)
         model, self._params, self._template = opened.model, opened.params, template_for(opened.tokenizer)
         partition = model.partition
+        self._scores = model.config.head == "score"
+        self._mean = opened.config.get("objective", {}).get("kind") in PER_TOKEN
         self._reach = model.config.max_positions
         devices, self._pieces = (1, 1) if partition is None else (partition.size("batch"), partition.size("time"))
         self._rows = -(-BATCH // devices) * devices
         self._sharding = None if partition is None else partition.sharding("batch", "time")
 
-        def last_scores(params: Params, inputs: Inputs) -> jax.Array:
-            score_BT = model.score(params, model.apply(params, inputs).hidden_BTD)
-            last_B = jnp.sum(inputs.segment_ids_BT, axis=1) - 1
-            is_last_BT = jnp.arange(score_BT.shape[1])[None] == last_B[:, None]
-            return jnp.sum(jnp.where(is_last_BT, score_BT, 0), axis=1)
+        def rewards(params: Params, inputs: Inputs, targets_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
+            hidden_BTD = model.apply(params, inputs).hidden_BTD
+            if self._scores:
+                reward_BT = model.score(params, hidden_BTD)
+            else:
+                reward_BT = target_logps(model, params, hidden_BTD, targets_BT, "auto").logp_BT
+            return jnp.sum(jnp.where(weight_BT > 0, weight_BT * reward_BT, 0), axis=1)
 
-        self._last_scores = jax.jit(last_scores, out_shardings=None if partition is None else partition.sharding())
+        self._rewards = jax.jit(rewards, out_shardings=None if partition is None else partition.sharding())
 
     def scores(
         self, conversations: Sequence[Sequence[Message]], progress: Callable[[int], None] = lambda done: None
     ) -> np.ndarray:
-        """The reward of each, float64 [N]: the score of its last token.
+        """The reward of each, float64 [N].
 
         -inf where the positions do not reach it, or the model gives no number.
         """
-        ids = [
-            self._template.render([turn._replace(train=False) for turn in conversation]).ids
-            for conversation in conversations
-        ]
+        weighted = [self._weighted(conversation) for conversation in conversations]
+        ids = [each for each, _ in weighted]
         scores_N = np.full(len(ids), -np.inf)
         order = sorted((i for i in range(len(ids)) if len(ids[i]) <= self._reach), key=lambda i: -len(ids[i]))
         for begin in range(0, len(order), self._rows):
             chosen = order[begin : begin + self._rows]
             width = min(self._reach, max(SHORTEST, 1 << (len(ids[chosen[0]]) - 1).bit_length()))
             shape = self._rows, -(-width // self._pieces) * self._pieces
-            tokens_BT, is_real_BT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            tokens_BT, targets_BT, is_real_BT = (np.zeros(shape, np.int32) for _ in range(3))
+            weight_BT = np.zeros(shape, np.float32)
             for row, place in enumerate(chosen):
-                tokens_BT[row, : len(ids[place])], is_real_BT[row, : len(ids[place])] = ids[place], 1
+                size = len(ids[place])
+                tokens_BT[row, :size], is_real_BT[row, :size], weight_BT[row, :size] = ids[place], 1, weighted[place][1]
+                targets_BT[row, : size - 1] = ids[place][1:]
             positions_BT = np.broadcast_to(np.minimum(np.arange(shape[1], dtype=np.int32), self._reach - 1), shape)
-            inputs = Inputs(*jax.device_put((tokens_BT, positions_BT, is_real_BT), self._sharding))
-            scores_B = jax.device_get(self._last_scores(self._params, inputs))
+            given = (tokens_BT, positions_BT, is_real_BT, targets_BT, weight_BT)
+            *read, targets, weight = jax.device_put(given, self._sharding)
+            scores_B = jax.device_get(self._rewards(self._params, Inputs(*read), targets, weight))
             scores_N[chosen] = np.asarray(scores_B, np.float64)[: len(chosen)]
             scores_N[np.isnan(scores_N)] = -np.inf
             progress(begin + len(chosen))
         return scores_N
+
+    def _weighted(self, conversation: Sequence[Message]) -> tuple[list[int], list[float]]:
+        """The ids, and the weight that what the model gives at each has in the reward."""
+        *before, last = (turn._replace(train=False) for turn in conversation)
+        if self._scores:
+            ids = self._template.render([*before, last]).ids
+            return ids, [*[0.0] * (len(ids) - 1), 1.0]
+        ids, mask, _ = self._template.render([*before, last._replace(train=True)])
+        one = 1 / max(1, sum(mask)) if self._mean else 1.0
+        return ids, [*(one * said for said in mask[1:]), 0.0]

@@ -29,7 +29,12 @@ def _define_eval(flags: FlagValues, argv: list[str]) -> None:
         flag_values=flags,
     )
     f.DEFINE_integer("attempts", 0, "Answers to each of these: what does choosing among them gain?", flag_values=flags)
-    f.DEFINE_string("reward", "", "The workdir of a reward model that chooses too.", flag_values=flags)
+    f.DEFINE_string(
+        "reward",
+        "",
+        "The workdir of a model that chooses too: a reward model, or one that writes, by what it finds likely.",
+        flag_values=flags,
+    )
     f.DEFINE_string("pairs", "", "Add right attempts beside wrong ones to this file, to learn from.", flag_values=flags)
     f.DEFINE_list("tasks", [], "JSON lines files: choices, or answers to generate.", flag_values=flags)
     f.DEFINE_integer("few_shot", 0, "Solved examples before each question.", flag_values=flags)
