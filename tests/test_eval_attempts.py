@@ -45,10 +45,11 @@ def test_the_answer_of_most_and_the_best_are_right_more_often(monkeypatch):
     # Of a single one half are right; of two, one wrong and one right, the first, which is wrong; of four most agree.
     assert scores["majority"] == [0.5, 0, 1, 1]
     assert scores["best"] == [0.5, 1, 1, 1]
+    assert scores["weighted"] == [0.5, 1, 1, 1]
     assert scores["any"] == [0.5, 1, 1, 1]
     lines = attempts.table(scores).splitlines()
     assert [line.split()[0] for line in lines] == ["attempts", "1", "2", "4", "8"]
-    assert lines[2].split()[1:] == ["0.0000", "1.0000", "1.0000"]
+    assert lines[2].split()[1:] == ["0.0000", "1.0000", "1.0000", "1.0000"]
 
 
 def test_without_a_judge_there_is_no_best(monkeypatch):

@@ -6,7 +6,7 @@ from scipy.special import log_softmax
 
 from llmlab.core.mesh import MeshConfig, make_partition
 from llmlab.data.chat import Message
-from llmlab.infer.choose import Judge, final_answer, majority
+from llmlab.infer.choose import Judge, final_answer, majority, shares
 from llmlab.model.transformer import make_model
 from llmlab.model.types import inputs
 from llmlab.workdir.open import Opened
@@ -48,6 +48,14 @@ def judge(partition=None, head="score", kind=""):
 CONVERSATIONS = [
     (Message("user", "a" * size), Message("assistant", f"that is {size}", thinking="hm")) for size in (1, 30, 60, 7, 2)
 ]
+
+
+def test_the_share_of_reward_of_answers_that_come_to_the_same():
+    many = shares(["7", "8", "8", None, "9"], [2.0, 1.5, 1.6, 9.0, -np.inf])
+    strengths = np.exp([2.0, 1.5, 1.6])
+    np.testing.assert_allclose(many, np.array([strengths[0], *[strengths[1:].sum()] * 2, 0, 0]) / strengths.sum())
+    assert shares(["1", "2"], [1e4, 1e4 - 1]) == pytest.approx([1 / (1 + np.exp(-1)), 1 / (1 + np.e)])
+    assert shares([None, "1"], [0, -np.inf]) == [0, 0]
 
 
 def test_a_score_is_that_of_the_last_token():

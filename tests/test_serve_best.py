@@ -134,7 +134,29 @@ def test_thinking_is_judged_too(monkeypatch, server, ask, judge):
 
 
 def order_of(answers, judge=None):
-    return asyncio.run(ranked(answers, TURNS, judge))
+    return asyncio.run(ranked(answers, TURNS, "majority" if judge is None else "reward", judge))
+
+
+class Fixed:
+    """A judge whose rewards are known."""
+
+    def __init__(self, *rewards):
+        self.rewards = np.array(rewards)
+
+    def scores(self, conversations):
+        return self.rewards
+
+
+def test_votes_that_weigh_as_much_as_their_rewards():
+    answers = [
+        Answer(message, is_cut) for message, is_cut in zip(told("3", "5", "5", "9"), [False] * 3 + [True], strict=True)
+    ]
+    order = asyncio.run(ranked(answers, TURNS, "weighted", Fixed(1.0, 0.5, 0.9, 7.0)))
+    assert [place for place, _ in order] == [2, 1, 0, 3]
+    strengths = np.exp([1.0, 0.5, 0.9])
+    wanted = [*[sum(strengths[1:]) / sum(strengths)] * 2, strengths[0] / sum(strengths), 0]
+    np.testing.assert_allclose([said["share"] for _, said in order], wanted)
+    assert [said["reward"] for _, said in order] == [0.9, 0.5, 1.0, 7.0]
 
 
 def test_votes_are_those_of_answers_with_an_end():
@@ -184,6 +206,7 @@ def test_what_chooses():
     "given, says",
     [
         ({"choose": "reward"}, "start the server with --reward=WORKDIR"),
+        ({"choose": "weighted"}, "start the server with --reward=WORKDIR"),
         ({"choose": "vote"}, "is not a choice"),
         ({"best_of": 1}, "from 2 to 16"),
         ({"best_of": 17}, "from 2 to 16"),

@@ -1,18 +1,21 @@
-"""A reward model for sums that is fooled: the more answers there are to choose from, the worse it chooses in the end.
+"""A reward model for sums, which alone is fooled by some of many answers, and which votes make up for.
 
     llmlab train --config=experiments/sums/reward.py:runs/sums/sft --workdir=runs/sums/reward
 
 It learns from right answers beside ones with a slip that is made up. 500 steps of that alone raised 70 % of right
 answers to 78 % with two to choose from, and lowered them to 39 % with sixteen, among which it meets slips that it has
 never seen, and likes some. So pairs of the model's own attempts should come beside those (Cobbe et al., arXiv
-2110.14168), with which two raised them to 85 %, four to 84, eight to 75, and sixteen lowered them to 64 %:
+2110.14168):
 
     llmlab eval --workdir=runs/sums/sft --noheld_out --noconversations --split=train --limit=4000 \\
         --attempts=8 --turn_temperature=1.5 --pairs=p.jsonl
     llmlab train --config=experiments/sums/reward.py:runs/sums/sft,p.jsonl --workdir=runs/sums/reward
+    llmlab eval --workdir=runs/sums/sft --attempts=16 --turn_temperature=1.5 --reward=runs/sums/reward
 
-It does not see what is copied wrongly from the question: of such pairs it told 43 % apart. The model of sft.py finds
-them unlikely, and chooses better with nothing more learned, --reward=runs/sums/sft: see there.
+With these the best by the reward of 2, 4, 8 and 16 answers was right in 85, 84, 75 and 64 % of 200 held-out sums: what
+is copied wrongly from the question it does not see (43 % of such pairs), and the more answers there are, the likelier
+one of these is the best. They differ among each other, though: the answer of most reward was right in 85, 90, 95 and
+96 %. The model of sft.py itself finds what it copies wrongly unlikely, and chooses better still: see there.
 """
 
 import dataclasses

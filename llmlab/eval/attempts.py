@@ -1,7 +1,8 @@
 """How much is gained by answering several times: how often the answer chosen among n attempts is right, as n grows.
 
-Chosen by self-consistency, the answer of most (arXiv 2203.11171), or by a reward, the best of n (2009.01325).
-Beside them the share of questions of which any attempt is right, which no choice can surpass.
+Chosen by self-consistency, the answer of most (arXiv 2203.11171), by a reward, the best of n (2009.01325), or by both,
+the answer of most reward (2206.02336). Beside them the share of questions of which any attempt is right, which no
+choice can surpass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +12,17 @@ import numpy as np
 
 from llmlab.data.chat import ChatTemplate, Conversation, Example, Message
 from llmlab.infer.chat import NO_TOOLS, Tools, replies, split
-from llmlab.infer.choose import Judge, final_answer, majority
+from llmlab.infer.choose import Judge, final_answer, majority, shares
 from llmlab.infer.kept import Row, as_turns
 from llmlab.model.types import Model, Params
 
 Attempts = list[dict[str, Any]]
-LABELS = {"majority": "the answer of most", "best": "the best by the reward", "any": "any of them right"}
+LABELS = {
+    "majority": "the answer of most",
+    "best": "the best by the reward",
+    "weighted": "the answer of most reward",
+    "any": "any of them right",
+}
 
 
 def attempts(
@@ -75,7 +81,7 @@ def curve(found: Sequence[Attempts]) -> dict[str, Any]:
     sizes = sorted({*(2**power for power in range(count.bit_length()) if 2**power <= count), count})
     ways: dict[str, Callable[[Attempts], bool]] = {"majority": _by_majority, "any": _by_any}
     if "reward" in found[0][0]:
-        ways["best"] = _by_reward
+        ways |= {"best": _by_reward, "weighted": _by_both}
     shares = {
         way: [float(np.mean([choose(group) for each in found for group in _groups(each, n)])) for n in sizes]
         for way, choose in ways.items()
@@ -112,6 +118,11 @@ def _by_majority(group: Attempts) -> bool:
 
 def _by_reward(group: Attempts) -> bool:
     return max(group, key=lambda attempt: attempt["reward"])["right"]
+
+
+def _by_both(group: Attempts) -> bool:
+    rewards = [attempt["reward"] for attempt in group]
+    return group[int(np.argmax(shares([attempt["answer"] for attempt in group], rewards)))]["right"]
 
 
 def _by_any(group: Attempts) -> bool:

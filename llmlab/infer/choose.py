@@ -1,6 +1,7 @@
-"""Several answers, and one to choose: by what most of them come to, or by a reward.
+"""Several answers, and one to choose: by what most of them come to, by a reward, or by both.
 
-Self-consistency (Wang et al., arXiv 2203.11171) and best-of-n (Stiennon et al., arXiv 2009.01325).
+Self-consistency (Wang et al., arXiv 2203.11171), best-of-n (Stiennon et al., arXiv 2009.01325) and votes that weigh as
+much as their rewards (Li et al., arXiv 2206.02336), which a reward that is wrong about few answers cannot mislead.
 """
 
 import collections
@@ -11,6 +12,7 @@ from decimal import Decimal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmlab.data.chat import Message, template_for
 from llmlab.model.types import Inputs, Params
@@ -41,6 +43,21 @@ def votes(answers: Sequence[str | None]) -> list[int]:
     counts = collections.Counter(answers)
     counts[None] = 0
     return [counts[answer] for answer in answers]
+
+
+def shares(answers: Sequence[str | None], rewards: ArrayLike) -> list[float]:
+    """Of each answer: what share of all rewards those have that come to the same, itself included; 0 of None.
+
+    A reward counts as e^reward, the strength that a reward model of pairs learns (Bradley & Terry 1952).
+    """
+    finite_N = np.where([answer is None for answer in answers], -np.inf, np.asarray(rewards, np.float64))
+    if not np.isfinite(finite_N).any():
+        return [0.0] * len(answers)
+    strength_N = np.exp(finite_N - finite_N.max())
+    of_answer: collections.Counter[str | None] = collections.Counter()
+    for answer, strength in zip(answers, strength_N, strict=True):
+        of_answer[answer] += strength
+    return [float(of_answer[answer] / strength_N.sum()) for answer in answers]
 
 
 def numbers(text: str) -> list[Decimal]:

@@ -103,7 +103,7 @@ async def chat(request: HttpRequest) -> Response:
             given, written = await _whole(pieces, model, wanted.samples, want_scores)
             if wanted.by:
                 answers = [choice.answer(one) for choice, one in zip(choices, given, strict=True)]
-                order = await ranked(answers, turns, judge if wanted.by == "reward" else None)
+                order = await ranked(answers, turns, wanted.by, judge)
                 given = [given[place] | why for place, why in order[: settings.n]]
     except TimeoutError:
         raise too_long(limits.seconds) from None

@@ -28,7 +28,7 @@ from llmlab.workdir.open import Opened
 class ServeConfig:
     """workdirs: NAME=DIR, or DIR, whose name is then its own. key_file: a key a line. open: without keys even beyond
     this machine. queue: requests that may wait. preferences: where votes go; "" is the workdir. reward: the folder of
-    a reward model, which chooses among answers; "" is none.
+    a model that rewards answers, see `llmlab.infer.choose.Judge`; "" is none.
     """
 
     workdirs: Sequence[str]
@@ -192,7 +192,7 @@ def _greeting(address: str, models: dict[str, Served], reward: str, *, keyed: bo
         what = "chat and completions" if model.template else "completions"
         lines.append(f"  {model.name}: {what}, {model.reach:,} positions, step {model.opened.step:,}")
     if reward:
-        lines.append(f"  {reward}: a reward model, which chooses among answers (best_of)")
+        lines.append(f"  {reward}: chooses among answers (best_of)")
     first = next(iter(models.values()))
     path, body = "completions", '{"prompt": "Once"}'
     if first.template:

@@ -26,7 +26,12 @@ def _define_serve(flags: FlagValues, argv: list[str]) -> None:
     )
     f.DEFINE_integer("passages", 3, "Passages that come with a question.", lower_bound=1, flag_values=flags)
     f.DEFINE_string("preferences", "", "Where votes go; else preferences.jsonl in the workdir.", flag_values=flags)
-    f.DEFINE_string("reward", "", "The run of a reward model, which chooses the best_of answers.", flag_values=flags)
+    f.DEFINE_string(
+        "reward",
+        "",
+        "The run of a reward model, or of one that writes, which chooses the best_of answers.",
+        flag_values=flags,
+    )
 
 
 def _serve(flags: FlagValues, rest: list[str]) -> None:
