@@ -269,7 +269,7 @@ class Engine:
         self._device.load(run.slot, in_prompt, count, bias)
 
     def _read_one(self) -> None:
-        """A piece of the prompt that came first, or, every other time, of the one that has the least left.
+        """A piece of the prompt that has the least left, or, every fourth time, of the one that came first.
 
         So neither do short ones wait for a long one, nor does it wait for ever for them.
         """
@@ -277,7 +277,7 @@ class Engine:
         if not reading:
             return
         self._reads += 1
-        run = reading[0] if self._reads % 2 else min(reading, key=lambda run: len(run.tokens) - run.cached)
+        run = reading[0] if self._reads % 4 == 0 else min(reading, key=lambda run: len(run.tokens) - run.cached)
         piece = run.tokens[run.cached : min(run.cached + self.config.prefill, len(run.tokens) - 1)]
         if not self._reserve(run, run.cached + len(piece)):
             return

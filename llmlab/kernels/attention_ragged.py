@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from llmlab.core.arrays import accumulation_dtype
 
 LOWEST = -1e30  # in place of -inf, from which nothing can be taken
-MOST_AT_ONCE = 32  # blocks in a turn: what they hold stays in a core's cache
+MOST_AT_ONCE = 64  # blocks in a turn: what they hold stays near the core
 
 
 class _Softmax(NamedTuple):

@@ -19,7 +19,7 @@ from llmlab.model.pages import Pool, empty_pool, read_pages, write_pages
 from llmlab.model.types import Inputs
 
 Kept = dict[str, jax.Array]
-PAGES_AT_ONCE = 4  # of a row, in one turn of the loop over them
+PAGES_AT_ONCE = 2  # of a row, in a block of the loop over them
 SHORT_ROW = 256  # tokens that are gathered in less time than a loop over them takes, where there is but one row
 
 
