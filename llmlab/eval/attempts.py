@@ -82,11 +82,11 @@ def curve(found: Sequence[Attempts]) -> dict[str, Any]:
     ways: dict[str, Callable[[Attempts], bool]] = {"majority": _by_majority, "any": _by_any}
     if "reward" in found[0][0]:
         ways |= {"best": _by_reward, "weighted": _by_both}
-    shares = {
+    right = {
         way: [float(np.mean([choose(group) for each in found for group in _groups(each, n)])) for n in sizes]
         for way, choose in ways.items()
     }
-    return {"questions": len(found), "n": sizes, **shares}
+    return {"questions": len(found), "n": sizes, **right}
 
 
 def pairs(prompt: Conversation, each: Attempts) -> list[Row]:

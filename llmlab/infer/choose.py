@@ -1,7 +1,7 @@
 """Several answers, and one to choose: by what most of them come to, by a reward, or by both.
 
 Self-consistency (Wang et al., arXiv 2203.11171), best-of-n (Stiennon et al., arXiv 2009.01325) and votes that weigh as
-much as their rewards (Li et al., arXiv 2206.02336), which a reward that is wrong about few answers cannot mislead.
+much as their rewards (Li et al., arXiv 2206.02336), which a reward that likes some wrong answers misleads less.
 """
 
 import collections
@@ -101,12 +101,13 @@ class Judge:
     ) -> np.ndarray:
         """The reward of each, float64 [N].
 
-        -inf where the positions do not reach it, or the model gives no number.
+        -inf where the positions do not reach it, nothing of it was said, or the model gives no number.
         """
         weighted = [self._weighted(conversation) for conversation in conversations]
         ids = [each for each, _ in weighted]
         scores_N = np.full(len(ids), -np.inf)
-        order = sorted((i for i in range(len(ids)) if len(ids[i]) <= self._reach), key=lambda i: -len(ids[i]))
+        judged = [i for i, (each, weight) in enumerate(weighted) if len(each) <= self._reach and any(weight)]
+        order = sorted(judged, key=lambda i: -len(ids[i]))
         for begin in range(0, len(order), self._rows):
             chosen = order[begin : begin + self._rows]
             width = min(self._reach, max(SHORTEST, 1 << (len(ids[chosen[0]]) - 1).bit_length()))
@@ -122,7 +123,7 @@ class Judge:
             *read, targets, weight = jax.device_put(given, self._sharding)
             scores_B = jax.device_get(self._rewards(self._params, Inputs(*read), targets, weight))
             scores_N[chosen] = np.asarray(scores_B, np.float64)[: len(chosen)]
-            scores_N[np.isnan(scores_N)] = -np.inf
+            scores_N[~np.isfinite(scores_N)] = -np.inf
             progress(begin + len(chosen))
         return scores_N
 

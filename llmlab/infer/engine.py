@@ -3,7 +3,7 @@
 Every row of the batch is a slot, with the keys and values of its request in pages. A step reads at most one piece of
 one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt.
 The device is always one step ahead: what a step drew is looked at while the next one runs. A request's tokens depend on
-its own prompt, settings and seed, whatever else is in the batch.
+its own prompt, settings and seed, whatever else is in the batch, but for the rounding of sums.
 """
 
 import collections

@@ -41,12 +41,13 @@ def ragged(
 
     Args:
       block_of: of rows [C] and numbers [C] of a block in each: keys and values, [C, block, K, H] and [C, block, K, V].
-      block: keys in a block. most: blocks that any row may have.
+      block: keys in a block. most: blocks that any row may have; keys beyond them are not looked at.
       lengths_B: keys of each row, whose positions are 0, 1, …
       scale, softcap, sinks_N: as `attention` has them.
     """
     (B, T, N, _), dtype = q_BTNH.shape, accumulation_dtype(q_BTNH.dtype)
     at_once = max(4, min(2 * B, MOST_AT_ONCE))
+    lengths_B = jnp.minimum(lengths_B, most * block)
     # Outside of the loop, and the same for every layer of a step: computed once.
     ends_B = jnp.cumsum(-(-lengths_B // block))
     item_I = jnp.arange(-(-B * most // at_once) * at_once, dtype=jnp.int32)
@@ -77,9 +78,10 @@ def ragged(
         sum_CKGTV = jnp.einsum(
             "CKGTS,CSKV->CKGTV", weights_CKGTS.astype(v_CSKV.dtype), v_CSKV, preferred_element_type=dtype
         )
-        kept_BKGT, of_CB = jnp.exp(before.highest_BKGT - highest_BKGT), is_of_CB.astype(dtype)
-        total_BKGT = jnp.einsum("CB,CKGT->BKGT", of_CB, jnp.sum(weights_CKGTS, axis=-1))
-        sum_BKGTV = jnp.einsum("CB,CKGTV->BKGTV", of_CB, sum_CKGTV)
+        kept_BKGT = jnp.exp(before.highest_BKGT - highest_BKGT)
+        # Not by a product with zeros and ones: what is not a number in one row is to stay there.
+        total_BKGT = jax.ops.segment_sum(jnp.sum(weights_CKGTS, axis=-1), row_C, B, indices_are_sorted=True)
+        sum_BKGTV = jax.ops.segment_sum(sum_CKGTV, row_C, B, indices_are_sorted=True)
         return first + at_once, _Softmax(
             highest_BKGT,
             before.total_BKGT * kept_BKGT + total_BKGT,

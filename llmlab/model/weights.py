@@ -139,8 +139,9 @@ def joined(params: Any, *, release: bool = False) -> Any:
     for names in TOGETHER:
         if all(isinstance(out.get(name), jax.Array) for name in names):
             leaves = [out.pop(name) for name in names]
-            out[joined_name(names)] = jax.block_until_ready(_joined(leaves))
+            out[joined_name(names)] = wide = _joined(leaves)
             if release:
+                jax.block_until_ready(wide)
                 for leaf in leaves:
                     leaf.delete()
     return out

@@ -40,7 +40,9 @@ def choosing(fields: Fields, settings: Asked, most: int, judge: Judge | None) ->
     samples = fields.integer("best_of", settings.n, settings.n, most)
     by = cast(Way, fields.choice("choose", "majority" if judge is None else "reward", get_args(Way)))
     if by != "majority" and judge is None:
-        raise fields.wrong("choose", "no reward model is here: start the server with --reward=WORKDIR, or use majority")
+        raise fields.wrong(
+            "choose", "nothing here gives rewards: start the server with --reward=WORKDIR, or use majority"
+        )
     if samples == settings.n and "choose" not in fields:
         return Choosing(samples, None)
     if settings.stream:
