@@ -122,22 +122,25 @@ def step(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wan
     token_RT = wanted.token_RT.at[:, 0].set(jnp.where(wanted.token_RT[:, 0] >= 0, wanted.token_RT[:, 0], last_R))
     state, hidden_RTD = applied(decoder, params, state, rows, token_RT, wanted.count_R)
     logits_RTV = unembed(hidden_RTD, decoder.head(params), decoder.softcap)
-    adjusted_RTV = _adjusted(state, rows, wanted, logits_RTV)
     V = logits_RTV.shape[-1]
 
-    def drawn() -> jax.Array:
+    def adjusted_and_drawn() -> jax.Array:
+        adjusted_XV = _adjusted(state, rows, wanted, logits_RTV).reshape(R * T, V)
         offsets_T = jnp.arange(1, T + 1, dtype=jnp.int32)
         names = ("temperature", "top_k", "top_p", "min_p")
-        return sampling.sample(
-            adjusted_RTV.reshape(R * T, V),
-            jnp.repeat(wanted.seed_R, T),
-            (rows.length_R[:, None] + offsets_T[None]).reshape(R * T),
-            **{name: jnp.repeat(getattr(wanted, f"{name}_R"), T) for name in names},
+        return jax.lax.cond(
+            jnp.any(wanted.temperature_R > 0),
+            lambda: sampling.sample(
+                adjusted_XV,
+                jnp.repeat(wanted.seed_R, T),
+                (rows.length_R[:, None] + offsets_T[None]).reshape(R * T),
+                **{name: jnp.repeat(getattr(wanted, f"{name}_R"), T) for name in names},
+            ),
+            lambda: sampling.likeliest(adjusted_XV),
         ).reshape(R, T)
 
-    drawn_RT = jax.lax.cond(
-        jnp.any(wanted.temperature_R > 0), drawn, lambda: jnp.argmax(adjusted_RTV, axis=-1).astype(jnp.int32)
-    )
+    is_plain = ~jnp.any((wanted.temperature_R > 0) | wanted.adjusted_R | wanted.limited_R)
+    drawn_RT = jax.lax.cond(is_plain, lambda: sampling.likeliest(logits_RTV), adjusted_and_drawn)
     last_R = jnp.take_along_axis(drawn_RT, jnp.maximum(wanted.count_R - 1, 0)[:, None], axis=1)[:, 0]
     state = state._replace(
         last_B=state.last_B.at[rows.slot_R].set(last_R, mode="drop"),

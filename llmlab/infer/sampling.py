@@ -94,16 +94,26 @@ def sample(
 
     The draw depends on the row's seed and the position that its token will have, and on no other row.
     """
-    likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    likeliest_B = likeliest(logits_BV)
     if _is(temperature, 0.0):
         return likeliest_B
     kept_BV = filter_logits(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
-    def draw(kept_V: jax.Array, seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.categorical(named_key(seed, "sample", position), kept_V)  # type: ignore[arg-type]
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.gumbel(named_key(seed, "sample", position), kept_BV.shape[1:], kept_BV.dtype)  # type: ignore[arg-type]
 
-    drawn_B = jax.vmap(draw)(kept_BV, seeds_B, positions_B).astype(jnp.int32)
+    drawn_B = likeliest(kept_BV + jax.vmap(noise)(seeds_B, positions_B))
     return jnp.where(jnp.broadcast_to(temperature, drawn_B.shape) > 0, drawn_B, likeliest_B)
+
+
+def likeliest(logits_XV: jax.Array) -> jax.Array:
+    """token_X int32: the highest logit of each row, the lowest id among equals.
+
+    As `jnp.argmax`, which XLA on CPU computes one number at a time: five times slower at 12,288 tokens.
+    """
+    vocab = logits_XV.shape[-1]
+    is_below_XV = logits_XV < jnp.max(logits_XV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_below_XV, vocab, jnp.arange(vocab, dtype=jnp.int32)), axis=-1)
 
 
 def _floor(sorted_BV: jax.Array, top_k_B1: jax.Array, top_p_B1: jax.Array) -> jax.Array:

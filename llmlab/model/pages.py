@@ -60,9 +60,9 @@ def read_pages(pool: Pool, table_BP: jax.Array, dtype: DTypeLike) -> jax.Array:
     pages, K, size, H = pool.values.shape
     B, P = table_BP.shape
     index_BKP = jnp.minimum(table_BP, pages - 1)[:, None] * K + jnp.arange(K, dtype=jnp.int32)[None, :, None]
-    values = jnp.take(pool.values.reshape(pages * K, size, H), index_BKP, axis=0)
+    values = jnp.take(pool.values.reshape(pages * K, size, H), index_BKP, axis=0, mode="clip")
     if pool.scales is not None:
-        values = values * jnp.take(pool.scales.reshape(pages * K, size), index_BKP, axis=0)[..., None]
+        values = values * jnp.take(pool.scales.reshape(pages * K, size), index_BKP, axis=0, mode="clip")[..., None]
     return values.astype(dtype).reshape(B, K, P * size, H).swapaxes(1, 2)
 
 
