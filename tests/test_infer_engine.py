@@ -14,7 +14,15 @@ from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
 from llmlab.model.transformer import make_model
-from tests.engine_for_tests import KINDS, assert_as_alone, logits_in_pages, model_of, run_cancels, run_schedule
+from tests.engine_for_tests import (
+    KINDS,
+    RandomLimit,
+    assert_as_alone,
+    logits_in_pages,
+    model_of,
+    run_cancels,
+    run_schedule,
+)
 from tests.helpers import VOCAB, random_params, relative
 
 CONFIG = EngineConfig(slots=4, page_size=4, pages=40, prefill=8)
@@ -107,19 +115,42 @@ def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     prompt = tuple(range(30))
     alone(engine, Request(prompt, 4))
     reads = []
-    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[-1][0])) or read(*a))
-    engine.submit(Request((*prompt[:25], 40, 41), 1))
+    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[5][0])) or read(*a))
+    engine.submit(Request((*prompt[:25], 40, 41), 3))
     engine.step()
-    assert reads == [2]
-    # Of the 26 tokens before the last, 24 fill pages that are known; the other two are read, and a token is drawn.
-    assert (engine._running[0].known, engine._running[0].cached) == (6, 27)
+    # Of 27 tokens 24 fill pages that are known; the others are read, which draws a token, and it goes in at once.
+    assert reads == [3]
+    assert (engine._running[0].known, engine._running[0].cached) == (7, 28)
+
+
+def test_a_first_token_comes_with_the_last_piece_of_its_prompt_while_others_write():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    engine.submit(Request(tuple(range(10)), 20))
+    while not engine.step():
+        pass
+    late = Request(tuple(range(20, 40)), 3, Sampling(seed=1, repetition=1.3))
+    (number,) = engine.submit(late)
+    came = [[event for event in engine.step() if event.number == number] for _ in range(5)]
+    assert [len(events) for events in came] == [0, 0, 1, 1, 1]  # 20 tokens, 8 at once
+    assert_as_alone("dense", [(late, [event for events in came for event in events])])
+
+
+def test_what_follows_a_prompt_is_drawn_by_a_step_where_it_is_limited_or_others_begin_there():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    engine.submit(Request(tuple(range(5)), 2, limit=RandomLimit(0, 9)))
+    engine.step()
+    assert [(run.cached, len(run.tokens)) for run in engine._running] == [(5, 5)]
+    assert engine._flight is not None  # drawn by a step, which knows what may come
+    numbers = engine.submit(Request(tuple(range(5)), 2), 2)
+    events = [event for _ in range(9) for event in engine.step()]
+    assert all(sum(event.number == number for event in events) == 2 for number in numbers)
 
 
 @pytest.mark.parametrize("kind", ["dense", "mamba", "window"])
 def test_samples_of_one_prompt_share_its_reading(kind, monkeypatch):
     engine = Engine(*model_of(kind), EngineConfig(slots=4, page_size=4, prefill=8))
     reads = []
-    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[-1][0])) or read(*a))
+    monkeypatch.setattr(device, "read", lambda *a, read=device.read: reads.append(int(a[5][0])) or read(*a))
     request = Request(tuple(range(30)), 6, Sampling(seed=5))
     numbers = engine.submit(request, 4)
     events = {number: [] for number in numbers}

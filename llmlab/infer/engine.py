@@ -2,8 +2,9 @@
 
 Every row of the batch is a slot, with the keys and values of its request in pages. A step reads at most one piece of
 one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt.
-The device is always one step ahead: what a step drew is looked at while the next one runs. A request's tokens depend on
-its own prompt, settings and seed, whatever else is in the batch, but for the rounding of sums.
+The device is always one step ahead: what a step drew is looked at while the next one runs. The first token of a request
+is drawn as the last piece of its prompt is read, and looked at as soon as it is there. A request's tokens depend on its
+own prompt, settings and seed, whatever else is in the batch, but for the rounding of sums.
 """
 
 import collections
@@ -11,7 +12,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -148,12 +149,18 @@ class Engine:
         """What has been drawn, one step late; nothing comes where nothing is left to do."""
         self._admit()
         before, self._flight = self._flight, None
-        self._read_one()
-        rows = self._rows_to_draw(before)
+        first = self._read_one()
+        if first is not None and self.config.guesses:
+            self._look(first)
+            first = None
+        rows = self._rows_to_draw([flight for flight in (before, first) if flight is not None])
         if rows:
             self._flight = self._draw(rows)
         if before is not None:
             self._look(before)
+        if first is not None:
+            # While the device goes on with the others: a first token is not to wait for theirs.
+            self._look(first)
         if self._flight is not None and self.config.guesses:
             # What goes in next depends on which guesses were right.
             before, self._flight = self._flight, None
@@ -201,9 +208,9 @@ class Engine:
             if draws:
                 self._device.step(rows, sizes.wanted([], [], [], R, T))
             else:
-                zeros = np.zeros((1, T), np.int32)
-                self._device.read(rows, zeros, np.zeros(1, np.int32))
-                self._device.read(rows, zeros, np.zeros(1, np.int32), zeros)
+                zeros, wanted = np.zeros((1, T), np.int32), sizes.wanted([], [], [], 1, 1)
+                self._device.read(rows, zeros, np.zeros(1, np.int32), wanted)
+                self._device.score(rows, zeros, np.zeros(1, np.int32), wanted, zeros)
             progress(number + 1, len(shapes))
         nowhere, V = self.config.slots, self._vocab
         self._device.load(nowhere, np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
@@ -268,31 +275,44 @@ class Engine:
         count = np.bincount(np.asarray(run.tokens[prompt:], np.int64), minlength=vocab).astype(np.int32)
         self._device.load(run.slot, in_prompt, count, bias)
 
-    def _read_one(self) -> None:
-        """A piece of the prompt that has the least left, or, every fourth time, of the one that came first.
+    def _read_one(self) -> Flight | None:
+        """A piece of the prompt that has the least left, or, every eighth time, of the one that came first; and the
+        token after it, where it is the last piece.
 
         So neither do short ones wait for a long one, nor does it wait for ever for them.
         """
         reading = [run for run in self._running if run.reads]
         if not reading:
-            return
+            return None
         self._reads += 1
-        run = reading[0] if self._reads % 4 == 0 else min(reading, key=lambda run: len(run.tokens) - run.cached)
-        piece = run.tokens[run.cached : min(run.cached + self.config.prefill, len(run.tokens) - 1)]
+        run = reading[0] if self._reads % 8 == 0 else min(reading, key=lambda run: len(run.tokens) - run.cached)
+        end = len(run.tokens) if self._may_draw_at_once(run) else len(run.tokens) - 1
+        piece = run.tokens[run.cached : min(run.cached + self.config.prefill, end)]
         if not self._reserve(run, run.cached + len(piece)):
-            return
+            return None
         tokens = np.zeros((1, at_least(len(piece), self._shapes.read_buckets)), np.int32)
         tokens[0, : len(piece)] = piece
         rows, count = self._shapes.rows([run], 1), np.array([len(piece)], np.int32)
-        following = None
+        draws = run.cached + len(piece) == len(run.tokens)
+        wanted = self._shapes.wanted([run], [[0]], [int(draws)], 1, 1)
         if run.reported < len(run.request.prompt) and run.request.scored:
             following = np.zeros_like(tokens)
             following[0, : len(piece)] = run.tokens[run.cached + 1 : run.cached + 1 + len(piece)]
-        scored = self._device.read(rows, tokens, count, following)
-        if scored is not None:
+            scored = self._device.score(rows, tokens, count, wanted, following)
             self._report(run, run.cached + 1, jax.device_get(scored))
+        else:
+            drawn = self._device.read(rows, tokens, count, wanted)
         run.cached += len(piece)
         self._know(run)
+        return Flight([run], [run.slot], [1], np.zeros((1, 0), np.int32), drawn) if draws else None
+
+    def _may_draw_at_once(self, run: Run) -> bool:
+        """Whether what follows its prompt can be drawn as the last of it is read.
+
+        Not where its limit would have to be asked first, its prompt is scored, or others begin where it ends.
+        """
+        request, has_followers = run.request, self._has_followers(run)
+        return request.limit is None and not request.scored and request.max_tokens > run.written and not has_followers
 
     def _report(self, run: Run, begin: int, scored: Scored) -> None:
         """The tokens of a prompt from `begin` on, as far as they were scored and not reported before."""
@@ -312,13 +332,13 @@ class Engine:
             self._unsaid.append(Event(run.number, run.request.prompt[0], in_prompt=True))
             run.reported = 1
 
-    def _rows_to_draw(self, before: Flight | None) -> list[Run]:
+    def _rows_to_draw(self, under_way: Sequence[Flight]) -> list[Run]:
         """Those whose next input is there, or on the device, with room for it.
 
         Where a limit takes long to say what may come next, its row waits for a later step, and the others go on.
         """
         patience = time.perf_counter() + PATIENCE
-        flying = {run.number for run in before.runs if run.slot >= 0} if before is not None else set()
+        flying = collections.Counter(run.number for flight in under_way for run in flight.runs if run.slot >= 0)
         rows: list[Run] = []
         late: list[Run] = []
         for run in list(self._running):
@@ -328,7 +348,7 @@ class Engine:
             if run.request.max_tokens == 0:
                 self._end(run, "length")
                 continue
-            drawn = run.written + (run.number in flying)
+            drawn = run.written + flying[run.number]
             limited = run.request.limit is not None and run.number in flying
             if drawn >= run.request.max_tokens or limited or self._leads(run):
                 continue
@@ -337,7 +357,7 @@ class Engine:
                 late.append(run)
             elif self._may_draw(run):
                 rows.append(run)
-        if not rows and before is None:
+        if not rows and not under_way:
             rows = [run for run in late if run.slot >= 0 and self._may_draw(run)]
         return [run for run in rows if run.slot >= 0]
 
@@ -353,7 +373,10 @@ class Engine:
     def _leads(self, run: Run) -> bool:
         """Whether it should stay at the end of its prompt, for others to begin from there in the next step."""
         is_there = run.cached == len(run.request.prompt) - 1 == len(run.tokens) - 1 > 0
-        return is_there and bool(self._free_slots) and any(other.waits_for is run for other in self._waiting)
+        return is_there and bool(self._free_slots) and self._has_followers(run)
+
+    def _has_followers(self, run: Run) -> bool:
+        return any(other.waits_for is run for other in self._waiting)
 
     def _draw(self, runs: list[Run]) -> Flight:
         room = [self._room(run) for run in runs]

@@ -88,17 +88,25 @@ class Device:
         """Whether a model makes the guesses."""
         return self._draft is not None
 
-    def read(
-        self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, following_RT: np.ndarray | None = None
-    ) -> Scored | None:
-        """Tokens into the cache; how likely those that follow were, where these are given."""
+    def read(self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, wanted: Wanted) -> Drawn:
+        """Tokens into the cache, and the one after them for rows that want one."""
         given: Any = (rows, tokens_RT, count_R)
         if self._draft is not None:
-            self._draft = self._draft._replace(state=engine_step.read(*self._draft, *given))
-        if following_RT is None:
-            self._main = self._main._replace(state=engine_step.read(*self._main, *given))
-            return None
-        state, scored = engine_step.score(*self._main, *given, following_RT)
+            none: Any = np.zeros_like(wanted.count_R)
+            state, _ = engine_step.read(*self._draft, *given, wanted._replace(count_R=none))
+            self._draft = self._draft._replace(state=state)
+        state, drawn = engine_step.read(*self._main, *given, wanted)
+        self._main = self._main._replace(state=state)
+        return drawn
+
+    def score(
+        self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, wanted: Wanted, following_RT: np.ndarray
+    ) -> Scored:
+        """Tokens into the cache, and how likely those that follow were; `wanted` wants none."""
+        if self._draft is not None:
+            state, _ = engine_step.read(*self._draft, rows, tokens_RT, count_R, wanted)
+            self._draft = self._draft._replace(state=state)
+        state, scored = engine_step.score(*self._main, rows, tokens_RT, count_R, following_RT)
         self._main = self._main._replace(state=state)
         return scored
 

@@ -90,9 +90,29 @@ def start(decoder: Decoder, *, slots: int, pages: int, size: int, int8: bool, vo
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def read(decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array) -> State:
-    """The first `count_R` of these tokens into the cache."""
-    return applied(decoder, params, state, rows, tokens_RT, count_R)[0]
+def read(
+    decoder: Decoder,
+    params: Params,
+    state: State,
+    rows: Rows,
+    tokens_RT: jax.Array,
+    count_R: jax.Array,
+    wanted: Wanted,
+) -> tuple[State, Drawn]:
+    """The first `count_R` of these tokens into the cache, and the one after them drawn, [R, 1], for rows that want one.
+
+    `wanted.token_RT` is of no account, and what is drawn too where `wanted.count_R` is 0.
+    """
+    state, hidden_RTD = applied(decoder, params, state, rows, tokens_RT, count_R)
+    last_R1D = jnp.take_along_axis(hidden_RTD, jnp.maximum(count_R - 1, 0)[:, None, None], axis=1)
+    ended = rows._replace(length_R=rows.length_R + count_R - 1)
+
+    def drawn() -> Drawn:
+        return _drawn(decoder, params, state, ended, wanted, last_R1D)
+
+    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(drawn))
+    out = jax.lax.cond(jnp.any(wanted.count_R > 0), drawn, lambda: nothing)
+    return _after(state, rows, wanted, out), out
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -117,46 +137,11 @@ def score(
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def step(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted) -> tuple[State, Drawn]:
     """The wanted tokens of each row into the cache, and after each the next one drawn."""
-    R, T = wanted.token_RT.shape
     last_R = jnp.take(state.last_B, rows.slot_R, mode="clip")
     token_RT = wanted.token_RT.at[:, 0].set(jnp.where(wanted.token_RT[:, 0] >= 0, wanted.token_RT[:, 0], last_R))
     state, hidden_RTD = applied(decoder, params, state, rows, token_RT, wanted.count_R)
-    logits_RTV = unembed(hidden_RTD, decoder.head(params), decoder.softcap)
-    V = logits_RTV.shape[-1]
-
-    def adjusted_and_drawn() -> jax.Array:
-        adjusted_XV = _adjusted(state, rows, wanted, logits_RTV).reshape(R * T, V)
-        offsets_T = jnp.arange(1, T + 1, dtype=jnp.int32)
-        names = ("temperature", "top_k", "top_p", "min_p")
-        return jax.lax.cond(
-            jnp.any(wanted.temperature_R > 0),
-            lambda: sampling.sample(
-                adjusted_XV,
-                jnp.repeat(wanted.seed_R, T),
-                (rows.length_R[:, None] + offsets_T[None]).reshape(R * T),
-                **{name: jnp.repeat(getattr(wanted, f"{name}_R"), T) for name in names},
-            ),
-            lambda: sampling.likeliest(adjusted_XV),
-        ).reshape(R, T)
-
-    is_plain = ~jnp.any((wanted.temperature_R > 0) | wanted.adjusted_R | wanted.limited_R)
-    drawn_RT = jax.lax.cond(is_plain, lambda: sampling.likeliest(logits_RTV), adjusted_and_drawn)
-    last_R = jnp.take_along_axis(drawn_RT, jnp.maximum(wanted.count_R - 1, 0)[:, None], axis=1)[:, 0]
-    state = state._replace(
-        last_B=state.last_B.at[rows.slot_R].set(last_R, mode="drop"),
-        count_BV=state.count_BV.at[rows.slot_R, last_R].add(1, mode="drop"),
-    )
-    logz_RT = jax.nn.logsumexp(logits_RTV, axis=-1)
-    # A gather over a sharded vocabulary goes wrong.
-    is_drawn_RTV = drawn_RT[..., None] == jnp.arange(V)[None, None]
-    logp_RT = jnp.sum(jnp.where(is_drawn_RTV, logits_RTV, 0), axis=-1) - logz_RT
-    most = min(TOP, V)
-    top_logit_RTK, top_RTK = jax.lax.cond(
-        jnp.any(wanted.top_R),
-        lambda: tuple(jax.lax.top_k(logits_RTV, most)),
-        lambda: (jnp.zeros((R, T, most), logits_RTV.dtype), jnp.zeros((R, T, most), jnp.int32)),
-    )
-    return state, Drawn(drawn_RT, logp_RT, top_RTK, top_logit_RTK - logz_RT[..., None])
+    out = _drawn(decoder, params, state, rows, wanted, hidden_RTD)
+    return _after(state, rows, wanted, out), out
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -198,6 +183,52 @@ def applied(
         out.cache["layers"],
     )
     return state._replace(layers=layers), out.hidden_BTD
+
+
+def _drawn(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted, hidden_RTD: jax.Array) -> Drawn:
+    """What follows tokens of which the first goes in after the `length_R` that its row has."""
+    R, T = hidden_RTD.shape[:2]
+    logits_RTV = unembed(hidden_RTD, decoder.head(params), decoder.softcap)
+    V = logits_RTV.shape[-1]
+
+    def adjusted_and_drawn() -> jax.Array:
+        adjusted_XV = _adjusted(state, rows, wanted, logits_RTV).reshape(R * T, V)
+        offsets_T = jnp.arange(1, T + 1, dtype=jnp.int32)
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return jax.lax.cond(
+            jnp.any(wanted.temperature_R > 0),
+            lambda: sampling.sample(
+                adjusted_XV,
+                jnp.repeat(wanted.seed_R, T),
+                (rows.length_R[:, None] + offsets_T[None]).reshape(R * T),
+                **{name: jnp.repeat(getattr(wanted, f"{name}_R"), T) for name in names},
+            ),
+            lambda: sampling.likeliest(adjusted_XV),
+        ).reshape(R, T)
+
+    is_plain = ~jnp.any((wanted.temperature_R > 0) | wanted.adjusted_R | wanted.limited_R)
+    drawn_RT = jax.lax.cond(is_plain, lambda: sampling.likeliest(logits_RTV), adjusted_and_drawn)
+    logz_RT = jax.nn.logsumexp(logits_RTV, axis=-1)
+    # A gather over a sharded vocabulary goes wrong.
+    is_drawn_RTV = drawn_RT[..., None] == jnp.arange(V)[None, None]
+    logp_RT = jnp.sum(jnp.where(is_drawn_RTV, logits_RTV, 0), axis=-1) - logz_RT
+    most = min(TOP, V)
+    top_logit_RTK, top_RTK = jax.lax.cond(
+        jnp.any(wanted.top_R),
+        lambda: tuple(jax.lax.top_k(logits_RTV, most)),
+        lambda: (jnp.zeros((R, T, most), logits_RTV.dtype), jnp.zeros((R, T, most), jnp.int32)),
+    )
+    return Drawn(drawn_RT, logp_RT, top_RTK, top_logit_RTK - logz_RT[..., None])
+
+
+def _after(state: State, rows: Rows, wanted: Wanted, drawn: Drawn) -> State:
+    """What slots are to know of what was drawn last for them."""
+    last_R = jnp.take_along_axis(drawn.token_RT, jnp.maximum(wanted.count_R - 1, 0)[:, None], axis=1)[:, 0]
+    slot_R = jnp.where(wanted.count_R > 0, rows.slot_R, len(state.last_B))
+    return state._replace(
+        last_B=state.last_B.at[slot_R].set(last_R, mode="drop"),
+        count_BV=state.count_BV.at[slot_R, last_R].add(1, mode="drop"),
+    )
 
 
 def _adjusted(state: State, rows: Rows, wanted: Wanted, logits_RTV: jax.Array) -> jax.Array:
