@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from llmlab.infer import engine_step as device
 from llmlab.infer.decoder import Decoder, ready
 from llmlab.infer.engine import Engine, EngineConfig
 from llmlab.infer.request import Request, Sampling
+from llmlab.model import cache
 from llmlab.model.transformer import make_model
 from tests.engine_for_tests import (
     KINDS,
@@ -121,6 +123,17 @@ def test_prompts_that_begin_alike_are_read_once(monkeypatch):
     # Of 27 tokens 24 fill pages that are known; the others are read, which draws a token, and it goes in at once.
     assert reads == [3]
     assert (engine._running[0].known, engine._running[0].cached) == (7, 28)
+
+
+@pytest.mark.parametrize("loops", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_in_pages_and_slots_of_others_before_reaches_nobody(kind, loops, monkeypatch):
+    monkeypatch.setattr(cache, "loops_over_pages", lambda rows, tokens: loops)  # compiled for each count of pages
+    engine = Engine(*model_of(kind), EngineConfig(slots=3, page_size=4, pages=60 + loops, prefill=8))
+    main = engine._device._main
+    bad = jax.tree.map(lambda kept: jnp.full_like(kept, jnp.nan), main.state.layers)
+    engine._device._main = main._replace(state=main.state._replace(layers=bad))
+    assert_as_alone(kind, list(run_schedule(engine, np.random.default_rng(0), 8).values()))
 
 
 def test_a_first_token_comes_with_the_last_piece_of_its_prompt_while_others_write():

@@ -41,7 +41,8 @@ def ragged(
 
     Args:
       block_of: of rows [C] and numbers [C] of a block in each: keys and values, [C, block, K, H] and [C, block, K, V].
-      block: keys in a block. most: blocks that any row may have; keys beyond them are not looked at.
+      block: keys in a block. most: blocks that any row may have; keys beyond them are not looked at. What a block holds
+        beyond its row's keys may be anything.
       lengths_B: keys of each row, whose positions are 0, 1, …
       scale, softcap, sinks_N: as `attention` has them.
     """
@@ -55,8 +56,9 @@ def ragged(
     begins_B = jnp.concatenate([jnp.zeros(1, ends_B.dtype), ends_B])
     number_I = item_I - begins_B[row_I].astype(jnp.int32)
     last_IT = jnp.minimum(q_positions_BT, lengths_B[:, None] - 1).at[row_I].get(mode="fill", fill_value=-1)
+    keys_I = lengths_B.at[row_I].get(mode="fill", fill_value=0) - number_I * block
     is_of_IB = row_I[:, None] == jnp.arange(B, dtype=jnp.int32)[None]
-    items = (jnp.minimum(row_I, B - 1), number_I, last_IT - number_I[:, None] * block, is_of_IB)
+    items = (jnp.minimum(row_I, B - 1), number_I, last_IT - number_I[:, None] * block, keys_I, is_of_IB)
 
     keys, values = jax.eval_shape(block_of, row_I[:at_once], number_I[:at_once])
     K, V = keys.shape[2], values.shape[3]
@@ -64,8 +66,13 @@ def ragged(
 
     def body(carry: tuple[jax.Array, _Softmax]) -> tuple[jax.Array, _Softmax]:
         first, before = carry
-        row_C, number_C, last_CT, is_of_CB = (jax.lax.dynamic_slice_in_dim(each, first, at_once) for each in items)
+        row_C, number_C, last_CT, keys_C, is_of_CB = (
+            jax.lax.dynamic_slice_in_dim(each, first, at_once) for each in items
+        )
         k_CSKH, v_CSKV = block_of(row_C, number_C)
+        # A weight of 0 is no help where a value is not a number.
+        is_held_CS = jnp.arange(block, dtype=jnp.int32)[None] < keys_C[:, None]
+        v_CSKV = jnp.where(is_held_CS[..., None, None], v_CSKV, 0)
         scores_CKGTS = jnp.einsum("CKGTH,CSKH->CKGTS", q_BKGTH[row_C], k_CSKH, preferred_element_type=dtype)
         if softcap is not None:
             scores_CKGTS = softcap * jnp.tanh(scores_CKGTS / softcap)

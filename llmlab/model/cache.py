@@ -123,9 +123,10 @@ def attend(
     expand: keys and values, [B, S, K, H] and [B, S, K, V], of what is kept of tokens.
     """
     positions_BT, segment_ids_BT = inputs.positions_BT, inputs.segment_ids_BT
-    table_BP = filled.table_BP if filled is not None and _in_pages(cache) else None
+    table_BP = filled.table_BP if filled is not None and cache is not None and _in_pages(cache) else None
     if table_BP is not None and loops_over_pages(len(table_BP), table_BP.shape[1] * _page_size(cache)):
         assert filled is not None
+        assert window is None  # layers with a window keep rings
         pools = _written(new, segment_ids_BT, filled, cache)
         lengths_B = filled.lengths_B + _added(segment_ids_BT)
 
@@ -146,7 +147,7 @@ def attend(
             sinks_N=sinks_N,
         )
         return out_BTNH, pools
-    seen, after = seen_with(new, positions_BT, segment_ids_BT, filled, cache, window)
+    seen, after = _seen_with(new, positions_BT, segment_ids_BT, filled, cache, window)
     out_BTNH = attention(
         q_BTNH,
         *expand(seen.kept),
@@ -172,7 +173,7 @@ def loops_over_pages(rows: int, tokens: int) -> bool:
     return jax.default_backend() == "cpu" and (rows > 1 or tokens > SHORT_ROW)
 
 
-def seen_with(
+def _seen_with(
     new: Kept,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
@@ -192,6 +193,9 @@ def seen_with(
         pools = _written(new, segment_ids_BT, filled, cache)
         kept = {name: read_pages(pool, filled.table_BP, new[name].dtype) for name, pool in pools.items()}
         held = held_by(lengths_B + added_B, next(iter(kept.values())).shape[1])
+        # What others left in a page is multiplied by a weight of 0, which is no help where it is not a number.
+        is_held_BS11 = (held[1] > 0)[..., None, None]
+        kept = {name: jnp.where(is_held_BS11, kept_BSKH, 0) for name, kept_BSKH in kept.items()}
         return Seen(kept, *held, q_segment_ids_BT), pools
     time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
     after = slots_after(lengths_B, added_B, time, slots)
@@ -214,7 +218,8 @@ def _in_pages(cache: dict[str, Any] | None) -> bool:
     return cache is not None and isinstance(next(iter(cache.values())), Pool)
 
 
-def _page_size(pools: Any) -> int:
+def _page_size(pools: Mapping[str, Pool] | None) -> int:
+    assert pools is not None
     return next(iter(pools.values())).values.shape[2]
 
 
