@@ -143,7 +143,8 @@ def test_callers_who_leave_take_everything_with_them(callers):
         await service.close()
 
     asyncio.run(asked())
-    assert {finish for samples in patient for _, finish in samples.values()} == {"stop", "length"}
+    # Some limits leave nothing that may follow.
+    assert {finish for samples in patient for _, finish in samples.values()} - {"dead_end"} == {"stop", "length"}
     assert len(patient) >= callers // 10
     assert service.metrics.finished["cancelled"] > callers / 4
     assert service.metrics.finished.total() >= callers

@@ -3,10 +3,10 @@
     llmlab train --config=experiments/sums/sft.py --workdir=runs/sums/sft
     llmlab eval --workdir=runs/sums/sft --attempts=16 --turn_temperature=1.5 --reward=runs/sums/sft
 
-The first took under three minutes on 2 cores, the second about two; of 400 held-out sums
-one attempt was right in 70 % of cases; the answer of most of 2, 4, 8 and 16 in 71, 91, 97 and 98 %; the one that the
-model itself finds likeliest in 89, 96, 98.6 and 98.8 %; any of them in 90, 97, 99.6 and 100 %. At temperature 1.5 it
-writes much that it finds unlikely, and so can judge its own attempts; at temperature 1 it draws 96 % right.
+The first took under three minutes on 2 cores, the second about two; of 400 held-out sums one attempt was right in 70 %
+of cases; the answer of most of 2, 4, 8 and 16 in 71, 91, 97 and 97.5 %; the one that the model itself finds likeliest
+in 89, 96, 98.6 and 98.8 %; any of them in 90, 97, 99.6 and 100 %. At temperature 1.5 it writes much that it finds
+unlikely, and so can judge its own attempts; at temperature 1 it draws 96 % right.
 """
 
 from llmlab.data import text

@@ -187,8 +187,8 @@ class Engine:
         """Other weights of the same model from the next step on; what was kept of earlier prompts is forgotten.
 
         Requests under way go on from what the earlier weights have read, and leave nothing for others to find. Weights
-        as `infer.decoder.ready` leaves them are not copied: do not donate them. A
-        draft model keeps its own: as these move away from it, fewer of its guesses are kept.
+        as `infer.decoder.ready` leaves them are not copied: do not donate them. A draft model keeps its own: as these
+        move away from it, fewer of its guesses are kept.
         """
         self._device.publish(params)
         self.pages.forget()

@@ -25,7 +25,7 @@ class Choosing(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """An answer with its thinking, as a reward model learns from them. cut: it has no end of its own."""
+    """An answer with its thinking, the form that a reward model learns from. cut: it has no end of its own."""
 
     message: Message
     cut: bool
