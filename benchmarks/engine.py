@@ -4,8 +4,8 @@
 
 Greedy, with the same weights; the sides take turns, each in a process of its own. Then 32 clients that ask again as
 soon as they are answered, prompts and answers of mixed lengths: tokens per second for as long as all 32 ask, and for
-the same requests one by one. And how long the first token of a short prompt takes on an idle engine and beside a long
-prompt and seven that write. Printed, and written to benchmarks/results/engine-PLATFORM.json.
+the first 48 of these requests one by one. And how long the first token of a short prompt takes on an idle engine and
+beside a long prompt and seven that write. Printed, and written to benchmarks/results/engine-PLATFORM.json.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def ours(end: Connection, weights: str) -> None:
             written += len(events)
             for _ in range(sum(event.finish is not None for event in events)):
                 if later:
-                    engine.submit(later.pop())
+                    engine.submit(later.pop(0))
         at_once = written / (time.perf_counter() - begun)
         while not engine.idle:
             engine.step()

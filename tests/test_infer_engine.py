@@ -148,15 +148,12 @@ def test_a_first_token_comes_with_the_last_piece_of_its_prompt_while_others_writ
     assert_as_alone("dense", [(late, [event for events in came for event in events])])
 
 
-def test_what_follows_a_prompt_is_drawn_by_a_step_where_it_is_limited_or_others_begin_there():
+def test_what_follows_a_prompt_is_drawn_by_a_step_where_its_limit_has_to_be_asked():
     engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
     engine.submit(Request(tuple(range(5)), 2, limit=RandomLimit(0, 9)))
     engine.step()
     assert [(run.cached, len(run.tokens)) for run in engine._running] == [(5, 5)]
-    assert engine._flight is not None  # drawn by a step, which knows what may come
-    numbers = engine.submit(Request(tuple(range(5)), 2), 2)
-    events = [event for _ in range(9) for event in engine.step()]
-    assert all(sum(event.number == number for event in events) == 2 for number in numbers)
+    assert engine._flight is not None
 
 
 @pytest.mark.parametrize("kind", ["dense", "mamba", "window"])

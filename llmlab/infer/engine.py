@@ -2,9 +2,10 @@
 
 Every row of the batch is a slot, with the keys and values of its request in pages. A step reads at most one piece of
 one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt.
-The device is always one step ahead: what a step drew is looked at while the next one runs. The first token of a request
-is drawn as the last piece of its prompt is read, and looked at as soon as it is there. A request's tokens depend on its
-own prompt, settings and seed, whatever else is in the batch, but for the rounding of sums.
+The device is always one step ahead: what a step drew is looked at while the next one runs. Only the token that is drawn
+as the last piece of a prompt is read, where nothing else has to be asked first, is looked at as soon as it is there.
+A request's tokens depend on its own prompt, settings and seed, whatever else is in the batch, but for the rounding of
+sums.
 """
 
 import collections
@@ -146,11 +147,14 @@ class Engine:
         return False
 
     def step(self) -> list[Event]:
-        """What has been drawn, one step late; nothing comes where nothing is left to do."""
+        """What has been drawn: what follows a prompt mostly at once, the rest one step late; nothing where nothing is
+        left to do.
+        """
         self._admit()
         before, self._flight = self._flight, None
         first = self._read_one()
         if first is not None and self.config.guesses:
+            # What goes in next depends on it; it is given out with the others' tokens.
             self._look(first)
             first = None
         rows = self._rows_to_draw([flight for flight in (before, first) if flight is not None])
@@ -210,7 +214,7 @@ class Engine:
             else:
                 zeros, wanted = np.zeros((1, T), np.int32), sizes.wanted([], [], [], 1, 1)
                 self._device.read(rows, zeros, np.zeros(1, np.int32), wanted)
-                self._device.score(rows, zeros, np.zeros(1, np.int32), wanted, zeros)
+                self._device.score(rows, zeros, np.zeros(1, np.int32), zeros)
             progress(number + 1, len(shapes))
         nowhere, V = self.config.slots, self._vocab
         self._device.load(nowhere, np.zeros(V, bool), np.zeros(V, np.int32), np.zeros(V, np.float32))
@@ -298,7 +302,7 @@ class Engine:
         if run.reported < len(run.request.prompt) and run.request.scored:
             following = np.zeros_like(tokens)
             following[0, : len(piece)] = run.tokens[run.cached + 1 : run.cached + 1 + len(piece)]
-            scored = self._device.score(rows, tokens, count, wanted, following)
+            scored = self._device.score(rows, tokens, count, following)
             self._report(run, run.cached + 1, jax.device_get(scored))
         else:
             drawn = self._device.read(rows, tokens, count, wanted)
@@ -311,8 +315,7 @@ class Engine:
 
         Not where its limit would have to be asked first, its prompt is scored, or others begin where it ends.
         """
-        request, has_followers = run.request, self._has_followers(run)
-        return request.limit is None and not request.scored and request.max_tokens > run.written and not has_followers
+        return run.request.limit is None and not run.request.scored and not self._has_followers(run)
 
     def _report(self, run: Run, begin: int, scored: Scored) -> None:
         """The tokens of a prompt from `begin` on, as far as they were scored and not reported before."""
@@ -338,7 +341,7 @@ class Engine:
         Where a limit takes long to say what may come next, its row waits for a later step, and the others go on.
         """
         patience = time.perf_counter() + PATIENCE
-        flying = collections.Counter(run.number for flight in under_way for run in flight.runs if run.slot >= 0)
+        flying = {run.number for flight in under_way for run in flight.runs if run.slot >= 0}
         rows: list[Run] = []
         late: list[Run] = []
         for run in list(self._running):
@@ -348,7 +351,7 @@ class Engine:
             if run.request.max_tokens == 0:
                 self._end(run, "length")
                 continue
-            drawn = run.written + flying[run.number]
+            drawn = run.written + (run.number in flying)
             limited = run.request.limit is not None and run.number in flying
             if drawn >= run.request.max_tokens or limited or self._leads(run):
                 continue

@@ -91,24 +91,22 @@ class Device:
     def read(self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, wanted: Wanted) -> Drawn:
         """Tokens into the cache, and the one after them for rows that want one."""
         given: Any = (rows, tokens_RT, count_R)
-        if self._draft is not None:
-            none: Any = np.zeros_like(wanted.count_R)
-            state, _ = engine_step.read(*self._draft, *given, wanted._replace(count_R=none))
-            self._draft = self._draft._replace(state=state)
+        self._feed_draft(*given)
         state, drawn = engine_step.read(*self._main, *given, wanted)
         self._main = self._main._replace(state=state)
         return drawn
 
-    def score(
-        self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, wanted: Wanted, following_RT: np.ndarray
-    ) -> Scored:
-        """Tokens into the cache, and how likely those that follow were; `wanted` wants none."""
-        if self._draft is not None:
-            state, _ = engine_step.read(*self._draft, rows, tokens_RT, count_R, wanted)
-            self._draft = self._draft._replace(state=state)
-        state, scored = engine_step.score(*self._main, rows, tokens_RT, count_R, following_RT)
+    def score(self, rows: Rows, tokens_RT: np.ndarray, count_R: np.ndarray, following_RT: np.ndarray) -> Scored:
+        """Tokens into the cache, and how likely those that follow were."""
+        given: Any = (rows, tokens_RT, count_R)
+        self._feed_draft(*given)
+        state, scored = engine_step.score(*self._main, *given, following_RT)
         self._main = self._main._replace(state=state)
         return scored
+
+    def _feed_draft(self, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array) -> None:
+        if self._draft is not None:
+            self._draft = self._draft._replace(state=engine_step.feed(*self._draft, rows, tokens_RT, count_R))
 
     def step(self, rows: Rows, wanted: Wanted) -> tuple[Wanted, Drawn]:
         """What went in, with the guesses of the draft model where there is room for some; and what was drawn."""

@@ -90,6 +90,12 @@ def start(decoder: Decoder, *, slots: int, pages: int, size: int, int8: bool, vo
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def feed(decoder: Decoder, params: Params, state: State, rows: Rows, tokens_RT: jax.Array, count_R: jax.Array) -> State:
+    """The first `count_R` of these tokens into the cache."""
+    return applied(decoder, params, state, rows, tokens_RT, count_R)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def read(
     decoder: Decoder,
     params: Params,
@@ -99,7 +105,7 @@ def read(
     count_R: jax.Array,
     wanted: Wanted,
 ) -> tuple[State, Drawn]:
-    """The first `count_R` of these tokens into the cache, and the one after them drawn, [R, 1], for rows that want one.
+    """As `feed`, and the token after these drawn, [R, 1], for rows that want one.
 
     `wanted.token_RT` is of no account, and what is drawn too where `wanted.count_R` is 0.
     """
@@ -125,7 +131,7 @@ def score(
     count_R: jax.Array,
     next_RT: jax.Array,
 ) -> tuple[State, Scored]:
-    """As `read`, and what the model expected instead of the tokens that come after each of these."""
+    """As `feed`, and what the model expected instead of the tokens that come after each of these."""
     state, hidden_RTD = applied(decoder, params, state, rows, tokens_RT, count_R)
     logp_RTV = jax.nn.log_softmax(unembed(hidden_RTD, decoder.head(params), decoder.softcap))
     is_next_RTV = next_RT[..., None] == jnp.arange(logp_RTV.shape[-1])[None, None]
@@ -171,15 +177,9 @@ def applied(
     offsets_1T = jnp.arange(tokens_RT.shape[1], dtype=jnp.int32)[None]
     positions_RT = jnp.minimum(rows.length_R[:, None] + offsets_1T, decoder.max_positions - 1)
     inputs = Inputs(tokens_RT, positions_RT, (offsets_1T < count_R[:, None]).astype(jnp.int32))
-
-    def of_rows(kept: Any) -> Any:
-        if isinstance(kept, Pool):
-            return kept
-        # Zeros for rows of no tokens: a weight of 0 is no help where what a row before left is not a number.
-        is_new_R = jnp.expand_dims(rows.length_R == 0, tuple(range(1, kept.ndim)))
-        return jnp.where(is_new_R, 0, jnp.take(kept, rows.slot_R, axis=0, mode="clip"))
-
-    layers = _each(of_rows, state.layers)
+    layers = _each(
+        lambda kept: kept if isinstance(kept, Pool) else jnp.take(kept, rows.slot_R, axis=0, mode="clip"), state.layers
+    )
     cache = {"lengths_B": rows.length_R, "table_BP": rows.table_RP, "layers": layers}
     out = decoder.apply(params, inputs, cache=cache)
     assert out.cache is not None

@@ -123,7 +123,7 @@ def attend(
     expand: keys and values, [B, S, K, H] and [B, S, K, V], of what is kept of tokens.
     """
     positions_BT, segment_ids_BT = inputs.positions_BT, inputs.segment_ids_BT
-    table_BP = filled.table_BP if filled is not None and cache is not None and _in_pages(cache) else None
+    table_BP = filled.table_BP if filled is not None and _in_pages(cache) else None
     if table_BP is not None and loops_over_pages(len(table_BP), table_BP.shape[1] * _page_size(cache)):
         assert filled is not None
         assert window is None  # layers with a window keep rings
@@ -197,6 +197,10 @@ def _seen_with(
         is_held_BS11 = (held[1] > 0)[..., None, None]
         kept = {name: jnp.where(is_held_BS11, kept_BSKH, 0) for name, kept_BSKH in kept.items()}
         return Seen(kept, *held, q_segment_ids_BT), pools
+    if window is not None:
+        # So too of what a row before left in a ring; a cache without a window is a row's own from its beginning on.
+        is_new_B111 = (lengths_B == 0)[:, None, None, None]
+        cache = {name: jnp.where(is_new_B111, 0, kept_BKSH) for name, kept_BKSH in cache.items()}
     time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
     after = slots_after(lengths_B, added_B, time, slots)
     written = {name: write(kept_BKSH, new[name], after.index_BT) for name, kept_BKSH in cache.items()}
@@ -218,8 +222,7 @@ def _in_pages(cache: dict[str, Any] | None) -> bool:
     return cache is not None and isinstance(next(iter(cache.values())), Pool)
 
 
-def _page_size(pools: Mapping[str, Pool] | None) -> int:
-    assert pools is not None
+def _page_size(pools: Any) -> int:
     return next(iter(pools.values())).values.shape[2]
 
 
