@@ -188,6 +188,18 @@ def test_samples_of_one_prompt_end_where_pages_are_few(n):
     assert_as_alone("dense", list(zip(seeds, events.values(), strict=True)))
 
 
+def test_a_long_prompt_does_not_wait_for_ever_for_short_ones():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
+    (long,) = engine.submit(Request(tuple(range(45)), 1))
+    for step in range(40):  # six pieces, each before four of others
+        engine.submit(Request((step % 40, 2, 3), 1))
+        if any(event.number == long for event in engine.step()):
+            break
+    else:
+        pytest.fail("the long prompt is still waiting")
+    assert step >= 20
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
     (long,), (short,) = engine.submit(Request(tuple(range(45)), 1)), engine.submit(Request((1, 2, 3), 1))

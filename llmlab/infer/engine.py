@@ -73,7 +73,7 @@ class Engine:
         draft: tuple[Model, Params] | None = None,
     ):
         self.config, self._vocab, self._reach = config, model.config.vocab_size, model.config.max_positions
-        self.guessed = self.right = self._reads = 0
+        self.guessed = self.right = self._passed_over = 0
         row_pages = -(-self._reach // config.page_size)
         pages = config.pages or config.slots * row_pages
         if pages < row_pages:
@@ -280,16 +280,17 @@ class Engine:
         self._device.load(run.slot, in_prompt, count, bias)
 
     def _read_one(self) -> Flight | None:
-        """A piece of the prompt that has the least left, or, every eighth time, of the one that came first; and the
-        token after it, where it is the last piece.
+        """A piece of the prompt that has the least left, or, once others went before it three times, of the one that
+        came first; and the token after it, where it is the last piece.
 
         So neither do short ones wait for a long one, nor does it wait for ever for them.
         """
         reading = [run for run in self._running if run.reads]
         if not reading:
             return None
-        self._reads += 1
-        run = reading[0] if self._reads % 8 == 0 else min(reading, key=lambda run: len(run.tokens) - run.cached)
+        oldest = reading[0]
+        run = oldest if self._passed_over == 3 else min(reading, key=lambda run: len(run.tokens) - run.cached)
+        self._passed_over = 0 if run is oldest else self._passed_over + 1
         end = len(run.tokens) if self._may_draw_at_once(run) else len(run.tokens) - 1
         piece = run.tokens[run.cached : min(run.cached + self.config.prefill, end)]
         if not self._reserve(run, run.cached + len(piece)):
