@@ -22,7 +22,7 @@ from decode import NEW, PROMPT, VOCAB, state_dict, theirs, timed
 
 from llmlab.core.host_memory import keep_freed_memory
 
-CLIENTS, TURNS, ALONE, ARRIVALS, SLOTS, LONGEST = 32, 6, 48, 15, 32, 512
+CLIENTS, TURNS, ALONE, ARRIVALS, SLOTS, LONGEST = 32, 6, 48, 40, 32, 512
 
 
 def main() -> None:
@@ -149,8 +149,8 @@ def ours(end: Connection, weights: str) -> None:
             run(each)
         one_by_one = sum(each.max_tokens for each in mixed[:ALONE]) / (time.perf_counter() - begun)
         engine.pages.forget()
-        alone = statistics.median(first_token() for _ in range(ARRIVALS))
-        beside = statistics.median(
+        alone = statistics.fmean(first_token() for _ in range(ARRIVALS))
+        beside = statistics.fmean(
             first_token(*(request(32, 100) for _ in range(7)), request(400, 16)) for _ in range(ARRIVALS)
         )
         return {
