@@ -191,7 +191,7 @@ def test_samples_of_one_prompt_end_where_pages_are_few(n):
 def test_a_long_prompt_does_not_wait_for_ever_for_short_ones():
     engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8))
     (long,) = engine.submit(Request(tuple(range(45)), 1))
-    for step in range(40):  # six pieces, each before four of others
+    for step in range(40):  # six pieces, each after three of others
         engine.submit(Request((step % 40, 2, 3), 1))
         if any(event.number == long for event in engine.step()):
             break

@@ -177,9 +177,16 @@ def applied(
     offsets_1T = jnp.arange(tokens_RT.shape[1], dtype=jnp.int32)[None]
     positions_RT = jnp.minimum(rows.length_R[:, None] + offsets_1T, decoder.max_positions - 1)
     inputs = Inputs(tokens_RT, positions_RT, (offsets_1T < count_R[:, None]).astype(jnp.int32))
-    layers = _each(
-        lambda kept: kept if isinstance(kept, Pool) else jnp.take(kept, rows.slot_R, axis=0, mode="clip"), state.layers
-    )
+
+    def of_rows(kept: Any) -> Any:
+        if isinstance(kept, Pool):
+            return kept
+        # Zeros for rows of no tokens: a weight of 0 is no help where what the slot's last row left is not a number.
+        # Here, where it is copied anyway, and not in the layer, which would copy its ring at each token of `generate`.
+        is_new_R = jnp.expand_dims(rows.length_R == 0, tuple(range(1, kept.ndim)))
+        return jnp.where(is_new_R, 0, jnp.take(kept, rows.slot_R, axis=0, mode="clip"))
+
+    layers = _each(of_rows, state.layers)
     cache = {"lengths_B": rows.length_R, "table_BP": rows.table_RP, "layers": layers}
     out = decoder.apply(params, inputs, cache=cache)
     assert out.cache is not None

@@ -197,10 +197,6 @@ def _seen_with(
         is_held_BS11 = (held[1] > 0)[..., None, None]
         kept = {name: jnp.where(is_held_BS11, kept_BSKH, 0) for name, kept_BSKH in kept.items()}
         return Seen(kept, *held, q_segment_ids_BT), pools
-    if window is not None:
-        # So too of what a row before left in a ring; a cache without a window is a row's own from its beginning on.
-        is_new_B111 = (lengths_B == 0)[:, None, None, None]
-        cache = {name: jnp.where(is_new_B111, 0, kept_BKSH) for name, kept_BKSH in cache.items()}
     time, slots = positions_BT.shape[1], next(iter(cache.values())).shape[2]
     after = slots_after(lengths_B, added_B, time, slots)
     written = {name: write(kept_BKSH, new[name], after.index_BT) for name, kept_BKSH in cache.items()}
