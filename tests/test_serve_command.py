@@ -1,5 +1,6 @@
 """`llmlab serve`: what is refused before anything is read, and a real process from its first line to SIGTERM."""
 
+import asyncio
 import json
 import re
 import signal
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from llmlab.core.errors import UserError
-from llmlab.serve.command import ServeConfig, is_loopback, named, read_keys, serve_command
+from llmlab.serve.command import ServeConfig, is_loopback, listen, named, read_keys, serve_command
 from tests.runs import Place
 from tests.serve_for_tests import serving
 
@@ -63,6 +64,24 @@ def test_a_port_in_use_is_said_before_a_model_is_read():
         taken.listen()
         with pytest.raises(UserError, match="choose another --port"):
             serve_command(ServeConfig(("a",), port=taken.getsockname()[1]), lambda folder: pytest.fail("read"))
+
+
+def test_what_is_sent_does_not_wait_for_more():
+    """Nagle's algorithm holds a piece of a stream back until the client has confirmed the one before, up to 40 ms."""
+    sent_at_once = []
+
+    async def answer(reader, writer):
+        sent_at_once.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def ask():
+        async with await asyncio.start_server(answer, sock=listen("127.0.0.1", 0)) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            await reader.read()
+            writer.close()
+
+    asyncio.run(ask())
+    assert len(sent_at_once) == 1 and sent_at_once[0]
 
 
 @pytest.mark.slow

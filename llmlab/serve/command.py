@@ -70,7 +70,7 @@ def serve_command(
     """
     keys = read_keys(config.key_file) if config.key_file else []
     names = named(config.workdirs)
-    with _listen(config.host, config.port) as listening:
+    with listen(config.host, config.port) as listening:
         address = _address(config.host, listening.getsockname()[1])
         judge = Judge(open_model(config.reward)) if config.reward else None
         models: dict[str, Served] = {}
@@ -143,12 +143,15 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Taken before the models are read: whoever waits for minutes should not hear then that the port is in use."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Taken before the models are read: whoever waits for minutes should not hear then that the
+    port is in use.
+    """
     listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # By its protocol asyncio knows that it should not wait for more to send (Nagle), 40 ms at a time.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
     except OSError as error:
@@ -163,7 +166,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _stay_responsive() -> None:
     """Long work on one thread holds up the event loop and the engine as little as Python allows."""
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(5e-5)
     # What is there stays: going through all of it again takes tenths of a second.
     gc.collect()
     gc.freeze()
