@@ -199,10 +199,10 @@ class Process(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(place: Place, workdir: Path, *flags: str) -> Iterator[Process]:
+def serving(place: Place, workdir: Path, *flags: str, xla_flags: str = FAST_COMPILE) -> Iterator[Process]:
     """The process, over this run by the name of tiny, until the block is left."""
     command = [sys.executable, "-m", "llmlab", "serve", f"--workdir=tiny={workdir}", "--port=0", *flags]
-    environment = os.environ | {"LLMLAB_CACHE": str(place.cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST_COMPILE}
+    environment = os.environ | {"LLMLAB_CACHE": str(place.cache), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -23,12 +23,22 @@ SLOTS, QUEUE = 4, 8
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """With a run that completes and chats."""
+    """With two runs that complete and chat: the model of one is so small that a token is Python's work, that of the
+    other has five million parameters.
+    """
     made = Place(tmp_path_factory.mktemp("load"))
     tokenizer = {"kind": "sentencepiece", "chat_markers": True, "vocab_size": 400}
     given = [f"--config.data.tokenizer.{name}={value}" for name, value in tokenizer.items()]
-    made.train(made.folder / "run", "--config.run.steps=1", "--config.model.max_positions=2048", *given)
+    given += ["--config.run.steps=1", "--config.model.max_positions=2048"]
+    made.train(made.folder / "run", *given)
+    larger = {"width": 256, "layers": 6, "heads": 4}
+    made.train(made.folder / "larger", *given, *(f"--config.model.{name}={value}" for name, value in larger.items()))
     return made
+
+
+def serving_well(place, name, *flags):
+    """Compiled as a user's would be: what tests do without otherwise."""
+    return serving(place, place.folder / name, *flags, xla_flags="")
 
 
 def crowd(server, rate, seconds):
@@ -42,7 +52,7 @@ def crowd(server, rate, seconds):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_times_what_it_can_do_for_a_minute(place):
-    with serving(place, place.folder / "run", f"--slots={SLOTS}", f"--queue={QUEUE}") as server:
+    with serving_well(place, "run", f"--slots={SLOTS}", f"--queue={QUEUE}") as server:
         seconds = 15
         capacity = crowd(server, 20, seconds)["ends"]["length"] / seconds
         before = server.megabytes()
@@ -78,7 +88,7 @@ COSTLY = {
     "a long list of ids": (COMPLETE, {"prompt": [1] * 300_000}),
     "a long text": (COMPLETE, {"prompt": "a" * 10**6}),
     "many turns": (CHAT, {"messages": [TURN] * 30_000}),
-    "many turns to cut": (CHAT, {"messages": [TURN] * 4_000, "truncation": "middle", "max_tokens": 4}),
+    "many turns to cut": (CHAT, {"messages": [TURN] * 2_000, "truncation": "middle", "max_tokens": 4}),
     "a long text to read": ("/tokenize", {"prompt": "the quick " * 6_000}),
     "many ids to spell": ("/detokenize", {"tokens": [5] * 65_000}),
     "texts to embed": ("/v1/embeddings", {"input": ["the quick brown fox " * 20] * 64}),
@@ -102,14 +112,15 @@ def hostile_requests(count):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_others_beside_five_hundred_hostile_requests(place):
+@pytest.mark.parametrize(("name", "most"), [("run", 3), ("larger", 2)])
+def test_the_others_beside_five_hundred_hostile_requests(place, name, most):
     statuses, spans, asked = [], [], hostile_requests(500)
     command, pipes = (
         [sys.executable, "-m", "tests.load", "steady"],
         {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE},
     )
     with (
-        serving(place, place.folder / "run") as server,
+        serving_well(place, name) as server,
         httpx.Client(base_url=server.url, timeout=120) as web,
         subprocess.Popen([*command, server.url], cwd=ROOT, text=True, **pipes) as steady,
     ):
@@ -126,7 +137,7 @@ def test_the_others_beside_five_hundred_hostile_requests(place):
     beside = np.array([any(first < times[0] < last for first, last in spans) for times in seen])
     assert min(sum(beside), sum(~beside)) > 20
     firsts, wholes = (np.array([times[place] - times[0] for times in seen]) * 1e3 for place in (1, -1))
-    for name, times in ("first token", firsts), ("whole answer", wholes):
+    for what, times in ("first token", firsts), ("whole answer", wholes):
         alone, among = np.median(times[~beside]), np.median(times[beside])
-        print(f"\n{name}: {alone:.1f} ms alone, {among:.1f} ms beside them: {among / alone:.2f} times", end="")
-    assert np.median(wholes[beside]) < 2 * np.median(wholes[~beside])
+        print(f"\n{what}: {alone:.1f} ms alone, {among:.1f} ms beside them: {among / alone:.2f} times", end="")
+        assert among < most * alone

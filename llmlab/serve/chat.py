@@ -51,8 +51,8 @@ async def chat(request: HttpRequest) -> Response:
     judge: Judge | None = request.app.state.judge
     wanted = choosing(fields, settings, min(limits.n, model.service.capacity), judge)
     template = template_of(model)
-    turns = turns_of(fields, limits)
     ticket = stack_of(request.scope).enter_context(model.service.admit(wanted.samples))
+    turns = await reading(turns_of, fields, limits)
     if offer.tools:
         template = template.with_tools(offer.entries())
     beside: dict[str, Any] = {}
@@ -358,5 +358,11 @@ def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list
         shorter = spoken[questions[-1] :] if begin is None else [*first, *spoken[begin:]]
         return prompt_of(template, turns if place == 0 else (*system, *shorter))
 
-    place = bisect.bisect_left(range(len(begins)), True, key=lambda place: len(ids(place)) <= room)
-    return ids(place) if place < len(begins) else []
+    def fits(place: int) -> bool:
+        return len(ids(place)) <= room
+
+    # From the shortest on, each twice as long as the one before: what is far too long is never put together.
+    most = len(begins)
+    back = next(2**power for power in range(most.bit_length() + 1) if 2**power > most or not fits(most - 2**power))
+    place = bisect.bisect_left(range(most), True, lo=max(0, most - back), key=fits)
+    return ids(place) if place < most else []

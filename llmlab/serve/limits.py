@@ -15,7 +15,7 @@ class Limits:
     body_seconds: float = 30.0
     prompts: int = 256
     n: int = 16
-    turns: int = 4096
+    turns: int = 2048
     stops: int = 16
     stop_length: int = 256
     biases: int = 1024

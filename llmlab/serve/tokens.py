@@ -22,9 +22,9 @@ async def tokenize(request: HttpRequest) -> Response:
     model = chosen(request, fields)
     opens, bos = fields.flag("add_generation_prompt", True), fields.flag("add_special_tokens", True)
     if "messages" in fields:
-        template, turns, offer = template_of(model), turns_of(fields, limits_of(request)), offered(fields)
+        template, offer, limits = template_of(model), offered(fields), limits_of(request)
         template = template.with_tools(offer.entries()) if offer.tools else template
-        return await _spelling(lambda: _shown(template.render(turns, generate=opens).ids, model))
+        return await _spelling(lambda: _shown(template.render(turns_of(fields, limits), generate=opens).ids, model))
     text = fields.text("prompt")
     most = max(_MOST, model.reach * model.longest_token)
     if len(text) > most:
@@ -62,13 +62,15 @@ async def tokenizer_info(request: HttpRequest) -> Response:
 
 def _shown(ids: list[int], model: Served) -> Response:
     """Written out here too, beside the event loop, which a long text would hold up."""
-    tokenizer = model.opened.tokenizer
+    tokenizer, different = model.opened.tokenizer, set(ids)
+    texts = {id: spelt(tokenizer, id) for id in different}
+    bytes_of = {id: list(tokenizer.decode_bytes([id])) for id in different}
     return Json(
         {
             "count": len(ids),
             "max_model_len": model.reach,
             "tokens": ids,
-            "token_strs": [spelt(tokenizer, id) for id in ids],
-            "bytes": [list(tokenizer.decode_bytes([id])) for id in ids],
+            "token_strs": [texts[id] for id in ids],
+            "bytes": [bytes_of[id] for id in ids],
         }
     )
