@@ -81,7 +81,8 @@ def test_what_is_sent_does_not_wait_for_more():
             writer.close()
 
     asyncio.run(ask())
-    assert len(sent_at_once) == 1 and sent_at_once[0]
+    assert len(sent_at_once) == 1
+    assert sent_at_once[0]
 
 
 @pytest.mark.slow
