@@ -16,7 +16,7 @@ from llmlab.kernels import attention as attention_contract
 from llmlab.kernels import attention_blockwise, attention_cudnn
 from llmlab.kernels.attention import attention
 from llmlab.kernels.attention_mask import Mask
-from llmlab.kernels.attention_ragged import ragged
+from llmlab.kernels.attention_ragged import gathered, ragged
 
 FAST = ("short", "blockwise")
 
@@ -221,8 +221,7 @@ def test_rows_of_very_different_lengths_in_blocks_anywhere(T, lengths, options):
 
         out = ragged(
             jnp.asarray(q_BTNH),
-            block_of,
-            block=block,
+            gathered(block_of, B, jnp.float64),
             most=most,
             lengths_B=jnp.asarray(lengths_B, jnp.int32),
             q_positions_BT=jnp.asarray(q_pos_BT, jnp.int32),

@@ -10,11 +10,53 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llmlab.core.arrays import accumulation_dtype
 
 LOWEST = -1e30  # in place of -inf, from which nothing can be taken
 MOST_AT_ONCE = 64  # blocks in a turn: what they hold stays near the core
+
+
+class Blocks(NamedTuple):
+    """Keys and values in blocks, of rows [C] and the number of a block in each.
+
+    size: keys in a block. heads: K. width: V, of a value. at_once: blocks in a turn of the loop.
+    scores: of q_CKGTH, rows and numbers: q·k as [C, K, G, T, size].
+    sums: of weights_CKGTS, is_held_CS, rows and numbers: values by weight, [C, K, G, T, V], without those not held.
+    """
+
+    size: int
+    heads: int
+    width: int
+    at_once: int
+    scores: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    sums: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def gathered(
+    block_of: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], rows: int, dtype: DTypeLike
+) -> Blocks:
+    """Blocks that are put together before they are multiplied, in the loop over so many rows.
+
+    block_of: of rows [C] and numbers [C] of a block in each: keys and values, [C, size, K, H] and [C, size, K, V].
+    """
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    keys, values = jax.eval_shape(block_of, one, one)
+
+    def scores(q_CKGTH: jax.Array, row_C: jax.Array, number_C: jax.Array) -> jax.Array:
+        k_CSKH, _ = block_of(row_C, number_C)
+        return jnp.einsum("CKGTH,CSKH->CKGTS", q_CKGTH, k_CSKH, preferred_element_type=dtype)
+
+    def sums(weights_CKGTS: jax.Array, is_held_CS: jax.Array, row_C: jax.Array, number_C: jax.Array) -> jax.Array:
+        _, v_CSKV = block_of(row_C, number_C)
+        # A weight of 0 is no help where a value is not a number.
+        v_CSKV = jnp.where(is_held_CS[..., None, None], v_CSKV, 0)
+        weights_CKGTS = weights_CKGTS.astype(v_CSKV.dtype)
+        return jnp.einsum("CKGTS,CSKV->CKGTV", weights_CKGTS, v_CSKV, preferred_element_type=dtype)
+
+    at_once = max(4, min(2 * rows, MOST_AT_ONCE))
+    return Blocks(keys.shape[1], keys.shape[2], values.shape[3], at_once, scores, sums)
 
 
 class _Softmax(NamedTuple):
@@ -27,9 +69,8 @@ class _Softmax(NamedTuple):
 
 def ragged(
     q_BTNH: jax.Array,
-    block_of: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    blocks: Blocks,
     *,
-    block: int,
     most: int,
     lengths_B: jax.Array,
     q_positions_BT: jax.Array,
@@ -40,14 +81,13 @@ def ragged(
     """Grouped-query attention, causal; out [B, T, N, width of v], zeros for rows of no keys.
 
     Args:
-      block_of: of rows [C] and numbers [C] of a block in each: keys and values, [C, block, K, H] and [C, block, K, V].
-      block: keys in a block. most: blocks that any row may have; keys beyond them are not looked at. What a block holds
-        beyond its row's keys may be anything.
+      blocks: what they hold beyond their row's keys may be anything.
+      most: blocks that any row may have; keys beyond them are not looked at.
       lengths_B: keys of each row, whose positions are 0, 1, …
       scale, softcap, sinks_N: as `attention` has them.
     """
     (B, T, N, _), dtype = q_BTNH.shape, accumulation_dtype(q_BTNH.dtype)
-    at_once = max(4, min(2 * B, MOST_AT_ONCE))
+    block, K, V, at_once = blocks.size, blocks.heads, blocks.width, blocks.at_once
     lengths_B = jnp.minimum(lengths_B, most * block)
     # Outside of the loop, and the same for every layer of a step: computed once.
     ends_B = jnp.cumsum(-(-lengths_B // block))
@@ -60,8 +100,6 @@ def ragged(
     is_of_IB = row_I[:, None] == jnp.arange(B, dtype=jnp.int32)[None]
     items = (jnp.minimum(row_I, B - 1), number_I, last_IT - number_I[:, None] * block, keys_I, is_of_IB)
 
-    keys, values = jax.eval_shape(block_of, row_I[:at_once], number_I[:at_once])
-    K, V = keys.shape[2], values.shape[3]
     q_BKGTH = (q_BTNH * scale).reshape(B, T, K, N // K, -1).transpose(0, 2, 3, 1, 4)
 
     def body(carry: tuple[jax.Array, _Softmax]) -> tuple[jax.Array, _Softmax]:
@@ -69,11 +107,7 @@ def ragged(
         row_C, number_C, last_CT, keys_C, is_of_CB = (
             jax.lax.dynamic_slice_in_dim(each, first, at_once) for each in items
         )
-        k_CSKH, v_CSKV = block_of(row_C, number_C)
-        # A weight of 0 is no help where a value is not a number.
-        is_held_CS = jnp.arange(block, dtype=jnp.int32)[None] < keys_C[:, None]
-        v_CSKV = jnp.where(is_held_CS[..., None, None], v_CSKV, 0)
-        scores_CKGTS = jnp.einsum("CKGTH,CSKH->CKGTS", q_BKGTH[row_C], k_CSKH, preferred_element_type=dtype)
+        scores_CKGTS = blocks.scores(q_BKGTH[row_C], row_C, number_C)
         if softcap is not None:
             scores_CKGTS = softcap * jnp.tanh(scores_CKGTS / softcap)
         seen_CTS = jnp.arange(block, dtype=jnp.int32)[None, None] <= last_CT[:, :, None]
@@ -82,9 +116,8 @@ def ragged(
         of_row_CBKGT = jnp.where(is_of_CB[:, :, None, None, None], jnp.max(scores_CKGTS, axis=-1)[:, None], LOWEST)
         highest_BKGT = jnp.maximum(before.highest_BKGT, jnp.max(of_row_CBKGT, axis=0))
         weights_CKGTS = jnp.exp(scores_CKGTS - highest_BKGT[row_C][..., None]) * seen_CTS[:, None, None]
-        sum_CKGTV = jnp.einsum(
-            "CKGTS,CSKV->CKGTV", weights_CKGTS.astype(v_CSKV.dtype), v_CSKV, preferred_element_type=dtype
-        )
+        is_held_CS = jnp.arange(block, dtype=jnp.int32)[None] < keys_C[:, None]
+        sum_CKGTV = blocks.sums(weights_CKGTS, is_held_CS, row_C, number_C)
         kept_BKGT = jnp.exp(before.highest_BKGT - highest_BKGT)
         # Not by a product with zeros and ones: what is not a number in one row is to stay there.
         total_BKGT = jax.ops.segment_sum(jnp.sum(weights_CKGTS, axis=-1), row_C, B, indices_are_sorted=True)

@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from llmlab.core.arrays import accumulation_dtype
 from llmlab.core.mesh import Axes
 from llmlab.kernels.attention import attention
-from llmlab.kernels.attention_ragged import ragged
-from llmlab.model.pages import Pool, empty_pool, read_pages, write_pages
+from llmlab.kernels.attention_ragged import Blocks, gathered, ragged
+from llmlab.model.pages import Pool, empty_pool, read_pages, score_pages, sum_pages, write_pages
 from llmlab.model.types import Inputs
 
 Kept = dict[str, jax.Array]
-PAGES_AT_ONCE = 2  # of a row, in a block of the loop over them
+Expand = Callable[[Kept], tuple[jax.Array, jax.Array]]
+PAGES_AT_ONCE = 2  # of a row, gathered into a block of the loop over them
+IN_PLACE_AT_ONCE = 16  # pages that a turn of the loop reads where they lie
+LARGEST_IN_PLACE = 32  # tokens in a page: as many gathers are written out
 SHORT_ROW = 256  # tokens that are gathered in less time than a loop over them takes, where there is but one row
 
 
@@ -107,11 +111,11 @@ class Seen(NamedTuple):
 def attend(
     q_BTNH: jax.Array,
     new: Kept,
-    expand: Callable[[Kept], tuple[jax.Array, jax.Array]],
     inputs: Inputs,
     filled: Filled | None,
     cache: dict[str, Any] | None,
     *,
+    expand: Expand | None = None,
     window: int | None,
     scale: float | None,
     softcap: float | None,
@@ -120,7 +124,7 @@ def attend(
 ) -> tuple[jax.Array, dict[str, Any] | None]:
     """out_BTNH of queries once these new tokens, [B, T, K, H] by name, are there; and the cache with them, if any.
 
-    expand: keys and values, [B, S, K, H] and [B, S, K, V], of what is kept of tokens.
+    expand: keys and values, [B, S, K, H] and [B, S, K, V], of what is kept of tokens; None: these are what is kept.
     """
     positions_BT, segment_ids_BT = inputs.positions_BT, inputs.segment_ids_BT
     table_BP = filled.table_BP if filled is not None and _in_pages(cache) else None
@@ -130,16 +134,11 @@ def attend(
         pools = _written(new, segment_ids_BT, filled, cache)
         lengths_B = filled.lengths_B + _added(segment_ids_BT)
 
-        def block_of(row_C: jax.Array, number_C: jax.Array) -> tuple[jax.Array, jax.Array]:
-            places_CP = number_C[:, None] * PAGES_AT_ONCE + jnp.arange(PAGES_AT_ONCE, dtype=jnp.int32)[None]
-            table_CP = table_BP.at[row_C[:, None], places_CP].get(mode="clip")
-            return expand({name: read_pages(pool, table_CP, new[name].dtype) for name, pool in pools.items()})
-
+        blocks = _blocks(pools, table_BP, expand, q_BTNH)
         out_BTNH = ragged(
             q_BTNH,
-            block_of,
-            block=PAGES_AT_ONCE * _page_size(pools),
-            most=-(-table_BP.shape[1] // PAGES_AT_ONCE),
+            blocks,
+            most=-(-table_BP.shape[1] * _page_size(pools) // blocks.size),
             lengths_B=lengths_B,
             q_positions_BT=positions_BT,
             scale=q_BTNH.shape[3] ** -0.5 if scale is None else scale,
@@ -150,7 +149,7 @@ def attend(
     seen, after = _seen_with(new, positions_BT, segment_ids_BT, filled, cache, window)
     out_BTNH = attention(
         q_BTNH,
-        *expand(seen.kept),
+        *(expand or _as_kept)(seen.kept),
         q_positions_BT=positions_BT,
         k_positions_BS=seen.positions_BS,
         q_segment_ids_BT=seen.q_segment_ids_BT,
@@ -171,6 +170,38 @@ def loops_over_pages(rows: int, tokens: int) -> bool:
     On CPU a loop takes half the time where rows differ, and serves all lengths; one short row is gathered sooner.
     """
     return jax.default_backend() == "cpu" and (rows > 1 or tokens > SHORT_ROW)
+
+
+def _blocks(pools: dict[str, Pool], table_BP: jax.Array, expand: Expand | None, q_BTNH: jax.Array) -> Blocks:
+    """The pages of each row: where they lie, one by one, where a head of keys has one query; or gathered."""
+    dtype, size = accumulation_dtype(q_BTNH.dtype), _page_size(pools)
+    heads = next(iter(pools.values())).values.shape[1]
+    if expand is None and q_BTNH.shape[1:3] == (1, heads) and size <= LARGEST_IN_PLACE:
+        keys, values = _as_kept(pools)
+
+        def pages(row_C: jax.Array, number_C: jax.Array) -> jax.Array:
+            return jnp.minimum(table_BP.at[row_C, number_C].get(mode="clip"), len(keys.values) - 1)
+
+        def scores(q_CK11H: jax.Array, row_C: jax.Array, number_C: jax.Array) -> jax.Array:
+            scores_CKS = score_pages(keys, q_CK11H[:, :, 0, 0].astype(dtype), pages(row_C, number_C))
+            return scores_CKS[:, :, None, None]
+
+        def sums(weights_CK11S: jax.Array, is_held_CS: jax.Array, row_C: jax.Array, number_C: jax.Array) -> jax.Array:
+            sum_CKH = sum_pages(values, weights_CK11S[:, :, 0, 0], is_held_CS, pages(row_C, number_C))
+            return sum_CKH[:, :, None, None]
+
+        return Blocks(size, heads, values.values.shape[3], IN_PLACE_AT_ONCE, scores, sums)
+
+    def block_of(row_C: jax.Array, number_C: jax.Array) -> tuple[jax.Array, jax.Array]:
+        places_CP = number_C[:, None] * PAGES_AT_ONCE + jnp.arange(PAGES_AT_ONCE, dtype=jnp.int32)[None]
+        table_CP = table_BP.at[row_C[:, None], places_CP].get(mode="clip")
+        return (expand or _as_kept)({name: read_pages(pool, table_CP, q_BTNH.dtype) for name, pool in pools.items()})
+
+    return gathered(block_of, len(table_BP), dtype)
+
+
+def _as_kept(kept: Mapping[str, Any]) -> tuple[Any, Any]:
+    return kept["k_BKSH"], kept["v_BKSH"]
 
 
 def _seen_with(

@@ -57,10 +57,10 @@ class LatentAttention(Attention):
         out_BTNH, cache = caches.attend(
             q_BTNH,
             new,
-            lambda kept: self._keys_and_values(kept["latent_B1SR"][:, :, 0], kept["turned_key_B1SH"]),
             inputs,
             filled,
             cache,
+            expand=lambda kept: self._keys_and_values(kept["latent_B1SR"][:, :, 0], kept["turned_key_B1SH"]),
             window=self.window,
             scale=c.attention_scale or None,
             softcap=c.attention_softcap,

@@ -70,7 +70,6 @@ class Attention(Layer):
         out_BTNH, cache = caches.attend(
             q_BTNH,
             {"k_BKSH": k_BSKH, "v_BKSH": v_BSKH},
-            lambda kept: (kept["k_BKSH"], kept["v_BKSH"]),
             inputs,
             filled,
             cache,

@@ -4,7 +4,8 @@ Token p of a row is entry p mod (page size) of the page `table_BP[row, p // (pag
 may share the pages of their beginning, and a row takes no more memory than its tokens do (arXiv 2309.06180).
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 from llmlab.core.arrays import accumulation_dtype
 
 LARGEST_INT8 = 127
+LANES = 32  # numbers of a key that are multiplied and added up side by side
 
 
 class Pool(NamedTuple):
@@ -64,6 +66,50 @@ def read_pages(pool: Pool, table_BP: jax.Array, dtype: DTypeLike) -> jax.Array:
     if pool.scales is not None:
         values = values * jnp.take(pool.scales.reshape(pages * K, size), index_BKP, axis=0, mode="clip")[..., None]
     return values.astype(dtype).reshape(B, K, P * size, H).swapaxes(1, 2)
+
+
+def score_pages(pool: Pool, q_CKH: jax.Array, page_C: jax.Array) -> jax.Array:
+    """q·k_CKS of queries with all that is kept in a page each.
+
+    On CPU a sum of gathers, each of a part of the numbers, becomes one loop that reads the pages where they lie: a
+    gather of whole pages is written out before it is multiplied, and takes half as long again.
+    """
+    K, size, H = pool.values.shape[1:]
+    lanes = math.gcd(H, LANES)
+    numbers = jax.lax.GatherDimensionNumbers((1, 2, 3), collapsed_slice_dims=(0,), start_index_map=(0, 3))
+    part_CKSL: Any = 0
+    for first in range(0, H, lanes):
+        k_CKSL = _gathered(pool.values, page_C, first, numbers, (1, K, size, lanes)).astype(q_CKH.dtype)
+        part_CKSL += q_CKH[:, :, None, first : first + lanes] * k_CKSL
+    scores_CKS = (part_CKSL.reshape(-1, lanes) @ jnp.ones(lanes, q_CKH.dtype)).reshape(part_CKSL.shape[:-1])
+    return scores_CKS if pool.scales is None else scores_CKS * pool.scales[page_C]
+
+
+def sum_pages(pool: Pool, weights_CKS: jax.Array, is_held_CS: jax.Array, page_C: jax.Array) -> jax.Array:
+    """sum_CKH of what is kept in a page each, by weight; what is not held may be anything. Read as by `score_pages`."""
+    K, size, H = pool.values.shape[1:]
+    if pool.scales is not None:
+        weights_CKS = weights_CKS * jnp.where(is_held_CS[:, None], pool.scales[page_C], 0)
+    numbers = jax.lax.GatherDimensionNumbers((1, 2), collapsed_slice_dims=(0, 2), start_index_map=(0, 2))
+    sum_CKH: Any = 0
+    for place in range(size):
+        v_CKH = _gathered(pool.values, page_C, place, numbers, (1, K, 1, H)).astype(weights_CKS.dtype)
+        # A weight of 0 is no help where a value is not a number.
+        v_CKH = jnp.where(is_held_CS[:, place, None, None], v_CKH, 0)
+        sum_CKH += weights_CKS[..., place, None] * v_CKH
+    return sum_CKH
+
+
+def _gathered(
+    values: jax.Array,
+    page_C: jax.Array,
+    place: int,
+    numbers: jax.lax.GatherDimensionNumbers,
+    sizes: tuple[int, ...],
+) -> jax.Array:
+    """Slices of pages, which must be inside of the pool, all of which begin at this place."""
+    index_C2 = jnp.stack([page_C, jnp.full_like(page_C, place)], axis=-1)
+    return jax.lax.gather(values, index_C2, numbers, sizes, mode=jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def copy_page(pool: Pool, source: jax.Array, target: jax.Array) -> Pool:
