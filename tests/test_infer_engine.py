@@ -30,9 +30,10 @@ from tests.helpers import VOCAB, random_params, relative
 CONFIG = EngineConfig(slots=4, page_size=4, pages=40, prefill=8)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_those_of_the_request_alone(kind):
-    engine = Engine(*model_of(kind), CONFIG)
+def test_tokens_are_those_of_the_request_alone(kind, steps):
+    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, steps=steps))
     done = []
     for seed in range(4):
         done += run_schedule(engine, np.random.default_rng(seed), 12).values()
@@ -41,9 +42,10 @@ def test_tokens_are_those_of_the_request_alone(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_hundred_schedules(kind):
-    engine = Engine(*model_of(kind), CONFIG)
+def test_two_hundred_schedules(kind, steps):
+    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, steps=steps))
     for seed in range(200):
         done = run_schedule(engine, np.random.default_rng(1000 + seed), 10)
         assert engine.load["pages_used"] == 0
@@ -83,9 +85,11 @@ def test_cancels_leave_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, guesses", [*((kind, 0) for kind in KINDS), ("dense", 3)])
-def test_ten_thousand_cancels_leave_nothing(kind, guesses):
-    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, guesses=guesses))
+@pytest.mark.parametrize(
+    "kind, several", [*((kind, {}) for kind in KINDS), ("dense", {"guesses": 3}), ("dense", {"steps": 3})], ids=str
+)
+def test_ten_thousand_cancels_leave_nothing(kind, several):
+    engine = Engine(*model_of(kind), dataclasses.replace(CONFIG, **several))
     assert_as_alone(kind, run_cancels(engine, np.random.default_rng(1), 10_000))
 
 
@@ -430,10 +434,40 @@ def test_pages_must_hold_a_row():
         Engine(*model_of("dense"), EngineConfig(slots=1, page_size=4, pages=15))
 
 
+def test_several_tokens_come_of_one_call_where_nothing_else_has_to_be_done():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=4, page_size=4, prefill=8, steps=4))
+    (first,) = engine.submit(Request((1, 2, 3), 30))
+    bursts = [[event.number for event in engine.step()] for _ in range(4)]
+    # The first token with its prompt; then each step gives out what the one before has drawn.
+    assert [len(burst) for burst in bursts] == [1, 4, 4, 4]
+    (second,) = engine.submit(Request(tuple(range(20)), 10))  # in three pieces
+    bursts = [[event.number for event in engine.step()] for _ in range(7)]
+    assert [burst.count(first) for burst in bursts] == [4, 1, 1, 4, 4, 3, 0]  # the first of these was under way
+    assert [burst.count(second) for burst in bursts] == [0, 0, 1, 4, 4, 1, 0]
+    assert engine.idle
+
+
+def test_what_is_drawn_after_a_stop_is_dropped():
+    engine = Engine(*model_of("dense"), EngineConfig(slots=2, page_size=4, prefill=8))
+    written = [event.token for event in alone(engine, Request((1, 2, 3), 12))]
+    stop = next(token for place, token in enumerate(written) if place > 3 and token not in written[:place])
+    engine = Engine(*model_of("dense"), EngineConfig(slots=2, page_size=4, prefill=8, steps=5))
+    events = alone(engine, Request((1, 2, 3), 12, stop_ids=(stop,)))
+    assert [event.token for event in events] == written[: written.index(stop) + 1]
+    assert events[-1].finish == "stop"
+    assert engine.load["pages_used"] == 0
+
+
+def test_guesses_and_several_steps_exclude_each_other():
+    with pytest.raises(UserError, match="set steps to 1"):
+        EngineConfig(guesses=2, steps=2)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("place", [lambda params: params, lambda params: jax.device_put(params, jax.devices()[1])])
-def test_all_shapes_are_compiled_before_the_first_request(place):
+def test_all_shapes_are_compiled_before_the_first_request(place, steps):
     model, params = model_of("dense")
-    engine = Engine(model, place(params), CONFIG)
+    engine = Engine(model, place(params), dataclasses.replace(CONFIG, steps=steps))
     seen = []
     shapes = engine.compile(lambda done, total: seen.append((done, total)))
     assert seen == [(n + 1, shapes) for n in range(shapes)]

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +36,9 @@ class EngineConfig:
     """slots: requests that run at once. page_size: tokens in a page. pages: 0 for as many as all slots can fill.
     prefill: tokens of a prompt that are read in one step. int8: keys and values in 8 bits, a scale for each token and
     head, where they lie in pages. reuse: keep pages for prompts that begin alike. guesses: tokens of a request that are
-    guessed in a step, and checked at once; see `llmlab.infer.speculative`.
+    guessed in a step, and checked at once; see `llmlab.infer.speculative`. steps: tokens of each request that are drawn
+    in one call of the device where no prompt is to be read, which takes less time for all; but whoever comes meanwhile
+    waits for the end of it, tokens come in bursts, and some are drawn in vain after a stop.
     """
 
     slots: int = 8
@@ -46,11 +48,14 @@ class EngineConfig:
     int8: bool = False
     reuse: bool = True
     guesses: int = 0
+    steps: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("page_size", 1), ("pages", 0), ("prefill", 1), ("guesses", 0)):
+        for name, least in (("slots", 1), ("page_size", 1), ("pages", 0), ("prefill", 1), ("guesses", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"engine.{name}={getattr(self, name)} should be at least {least}")
+        if self.guesses and self.steps > 1:
+            raise UserError("engine.guesses and engine.steps both draw several tokens in a call: set steps to 1")
 
 
 class Engine:
@@ -157,9 +162,16 @@ class Engine:
             # What goes in next depends on it; it is given out with the others' tokens.
             self._look(first)
             first = None
-        rows = self._rows_to_draw([flight for flight in (before, first) if flight is not None])
+        under_way = {
+            run.number: count
+            for flight in (before, first)
+            if flight is not None
+            for run, count in zip(flight.runs, flight.counts, strict=True)
+            if run.slot >= 0
+        }
+        rows = self._rows_to_draw(under_way)
         if rows:
-            self._flight = self._draw(rows)
+            self._flight = self._draw_and_check(rows) if self.config.guesses else self._draw(rows, under_way)
         if before is not None:
             self._look(before)
         if first is not None:
@@ -205,12 +217,14 @@ class Engine:
         They are kept in the compilation cache, where there is one. `progress` gets how many are done, of how many.
         """
         sizes, widths = self._shapes, sorted({1, 1 + self.config.guesses})
-        shapes = [(R, P, T, True) for R in sizes.row_buckets for P in sizes.tables(R) for T in widths]
-        shapes += [(1, P, T, False) for P in sizes.tables(1) for T in sizes.read_buckets]
-        for number, (R, P, T, draws) in enumerate(shapes):
+        shapes = [(R, P, T, 1) for R in sizes.row_buckets for P in sizes.tables(R) for T in widths]
+        if self.config.steps > 1:
+            shapes += [(R, P, 1, self.config.steps) for R, P, _, _ in shapes]
+        shapes += [(1, P, T, 0) for P in sizes.tables(1) for T in sizes.read_buckets]
+        for number, (R, P, T, steps) in enumerate(shapes):
             rows = sizes.rows([], R, P)
-            if draws:
-                self._device.step(rows, sizes.wanted([], [], [], R, T))
+            if steps:
+                self._device.step(rows, sizes.wanted([], [], [], R, T), steps)
             else:
                 zeros, wanted = np.zeros((1, T), np.int32), sizes.wanted([], [], [], 1, 1)
                 self._device.read(rows, zeros, np.zeros(1, np.int32), wanted)
@@ -309,7 +323,7 @@ class Engine:
             drawn = self._device.read(rows, tokens, count, wanted)
         run.cached += len(piece)
         self._know(run)
-        return Flight([run], [run.slot], [1], np.zeros((1, 0), np.int32), drawn) if draws else None
+        return Flight([run], [run.slot], [1], None, drawn) if draws else None
 
     def _may_draw_at_once(self, run: Run) -> bool:
         """Whether what follows its prompt can be drawn as the last of it is read.
@@ -336,13 +350,12 @@ class Engine:
             self._unsaid.append(Event(run.number, run.request.prompt[0], in_prompt=True))
             run.reported = 1
 
-    def _rows_to_draw(self, under_way: Sequence[Flight]) -> list[Run]:
-        """Those whose next input is there, or on the device, with room for it.
+    def _rows_to_draw(self, under_way: Mapping[int, int]) -> list[Run]:
+        """Those whose next input is there, or on the device, with room for it; `under_way`: tokens by number.
 
         Where a limit takes long to say what may come next, its row waits for a later step, and the others go on.
         """
         patience = time.perf_counter() + PATIENCE
-        flying = {run.number for flight in under_way for run in flight.runs if run.slot >= 0}
         rows: list[Run] = []
         late: list[Run] = []
         for run in list(self._running):
@@ -352,8 +365,8 @@ class Engine:
             if run.request.max_tokens == 0:
                 self._end(run, "length")
                 continue
-            drawn = run.written + (run.number in flying)
-            limited = run.request.limit is not None and run.number in flying
+            drawn = run.written + under_way.get(run.number, 0)
+            limited = run.request.limit is not None and run.number in under_way
             if drawn >= run.request.max_tokens or limited or self._leads(run):
                 continue
             limit = run.request.limit
@@ -382,9 +395,25 @@ class Engine:
     def _has_followers(self, run: Run) -> bool:
         return any(other.waits_for is run for other in self._waiting)
 
-    def _draw(self, runs: list[Run]) -> Flight:
-        room = [self._room(run) for run in runs]
-        inputs = [[run.tokens[run.cached] if run.cached < len(run.tokens) else -1] for run in runs]
+    def _draw(self, runs: list[Run], under_way: Mapping[int, int]) -> Flight:
+        """One more token for each, or several one after the other where nothing else has to be done in between."""
+        most = 1 if self._has_to_stop(runs) else self.config.steps
+        left = [run.request.max_tokens - run.written - under_way.get(run.number, 0) for run in runs]
+        counts = [1 + self._room(run, min(most, each) - 1) for run, each in zip(runs, left, strict=True)]
+        rows = self._shapes.rows(runs)
+        wanted = self._shapes.wanted(runs, _next(runs), counts, len(rows.slot_R), 1)
+        _, drawn = self._device.step(rows, wanted, self.config.steps if max(counts) > 1 else 1)
+        for run, count in zip(runs, counts, strict=True):
+            run.cached += count
+        return Flight(runs, [run.slot for run in runs], counts, None, drawn)
+
+    def _has_to_stop(self, runs: list[Run]) -> bool:
+        """Whether there is something to do after one more token of these: a prompt to read, or a limit to ask."""
+        return any(run.reads for run in self._running) or any(run.request.limit is not None for run in runs)
+
+    def _draw_and_check(self, runs: list[Run]) -> Flight:
+        """What comes after the last token of each, and after guesses of what comes then."""
+        inputs, room = _next(runs), [self._room(run, self._guessable(run)) for run in runs]
         if not self._device.drafts:
             for run, given, most in zip(runs, inputs, room, strict=True):
                 given += run.ends.after(run.tokens, most) if most else []
@@ -398,17 +427,23 @@ class Engine:
         self.guessed += sum(room)
         return Flight(runs, [run.slot for run in runs], counts, wanted.token_RT[:, 1:], drawn)
 
-    def _room(self, run: Run) -> int:
-        """How many tokens can be guessed for it, in the pages that are free."""
-        request = run.request
-        if not self.config.guesses or request.sampling.adjusts or request.limit is not None:
+    def _guessable(self, run: Run) -> int:
+        """How many tokens may be guessed for it."""
+        if run.request.sampling.adjusts or run.request.limit is not None:
             return 0
-        most = min(self.config.guesses, request.max_tokens - run.written - 1)
+        return min(self.config.guesses, run.request.max_tokens - run.written - 1)
+
+    def _room(self, run: Run, most: int) -> int:
+        """How many tokens can go in beside the next one, of so many, in the pages that are free."""
         while len(run.pages) * self.config.page_size < run.cached + 1 + most and self.pages.available:
             page = self.pages.take()
             assert page is not None
             run.pages.append(page)
         return min(most, len(run.pages) * self.config.page_size - run.cached - 1)
+
+    def _has_to_wait(self, runs: list[Run]) -> bool:
+        """Whether something else has to be done after one more token of these: a prompt to be read, a limit to ask."""
+        return any(run.reads for run in self._running) or any(run.request.limit is not None for run in runs)
 
     def _look(self, flight: Flight) -> None:
         """At what a step has drawn, but for requests that have ended since, or lost their slot."""
@@ -418,10 +453,13 @@ class Engine:
                 continue
             for place in range(count):
                 self._take(run, drawn, (row, place))
-                if run.slot < 0 or place + 1 == count or run.tokens[-1] != guess_RT[row, place]:
+                if run.slot < 0 or place + 1 == count:
                     break
-                run.cached += 1
-                self.right += 1
+                if guess_RT is not None:
+                    if run.tokens[-1] != guess_RT[row, place]:
+                        break
+                    run.cached += 1
+                    self.right += 1
             if run.slot >= 0:
                 self._know(run)
 
@@ -487,3 +525,8 @@ class Engine:
         for place in range(run.known, full):
             self.pages.know(run.pages[place], run.digests[place])
         run.known = full
+
+
+def _next(runs: Sequence[Run]) -> list[list[int]]:
+    """The last token of each; below 0 where only the device knows it yet."""
+    return [[run.tokens[run.cached] if run.cached < len(run.tokens) else -1] for run in runs]

@@ -108,13 +108,13 @@ class Device:
         if self._draft is not None:
             self._draft = self._draft._replace(state=engine_step.feed(*self._draft, rows, tokens_RT, count_R))
 
-    def step(self, rows: Rows, wanted: Wanted) -> tuple[Wanted, Drawn]:
+    def step(self, rows: Rows, wanted: Wanted, steps: int = 1) -> tuple[Wanted, Drawn]:
         """What went in, with the guesses of the draft model where there is room for some; and what was drawn."""
         if self._draft is not None and wanted.token_RT.shape[1] > 1:
             state, guess_RT = propose(*self._draft, rows, wanted, most=self._guesses)
             self._draft = self._draft._replace(state=state)
             wanted = wanted._replace(token_RT=jnp.concatenate([wanted.token_RT[:, :1], guess_RT], axis=1))
-        state, drawn = engine_step.step(*self._main, rows, wanted)
+        state, drawn = engine_step.step(*self._main, rows, wanted, steps=steps)
         self._main = self._main._replace(state=state)
         return wanted, drawn
 

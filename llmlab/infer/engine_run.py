@@ -47,12 +47,14 @@ class Run:
 
 
 class Flight(NamedTuple):
-    """A step whose tokens were not looked at yet. counts: of each row, the guesses that went in, and one more."""
+    """A call whose tokens were not looked at yet. counts: tokens of each row. guess_RT: those that went in after its
+    first one, where they are guesses; None where each was drawn before it went in.
+    """
 
     runs: list[Run]
     slots: list[int]
     counts: list[int]
-    guess_RT: jax.Array | np.ndarray
+    guess_RT: jax.Array | np.ndarray | None
     drawn: Drawn
 
 

@@ -140,14 +140,31 @@ def score(
     return state, Scored(logp_RT, top_RTK, top_logp_RTK)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def step(decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted) -> tuple[State, Drawn]:
-    """The wanted tokens of each row into the cache, and after each the next one drawn."""
-    last_R = jnp.take(state.last_B, rows.slot_R, mode="clip")
-    token_RT = wanted.token_RT.at[:, 0].set(jnp.where(wanted.token_RT[:, 0] >= 0, wanted.token_RT[:, 0], last_R))
-    state, hidden_RTD = applied(decoder, params, state, rows, token_RT, wanted.count_R)
-    out = _drawn(decoder, params, state, rows, wanted, hidden_RTD)
-    return _after(state, rows, wanted, out), out
+@functools.partial(jax.jit, static_argnums=0, static_argnames="steps", donate_argnums=2)
+def step(
+    decoder: Decoder, params: Params, state: State, rows: Rows, wanted: Wanted, *, steps: int = 1
+) -> tuple[State, Drawn]:
+    """The wanted tokens of each row into the cache, and after each the next one drawn.
+
+    steps: 1; or how often this is done, with what was drawn last, for rows of one wanted token each. Then
+    `wanted.count_R` says of how many of these steps a row is part, and Drawn is [R, steps].
+    """
+
+    def one(state: State, number: Any) -> tuple[State, Drawn]:
+        count_R = wanted.count_R if steps == 1 else (number < wanted.count_R).astype(jnp.int32)
+        here = rows._replace(length_R=rows.length_R + jnp.minimum(number, wanted.count_R))
+        last_R = jnp.take(state.last_B, rows.slot_R, mode="clip")
+        is_given_R = (wanted.token_RT[:, 0] >= 0) & (number == 0)
+        token_RT = wanted.token_RT.at[:, 0].set(jnp.where(is_given_R, wanted.token_RT[:, 0], last_R))
+        now = wanted._replace(count_R=count_R)
+        state, hidden_RTD = applied(decoder, params, state, here, token_RT, count_R)
+        out = _drawn(decoder, params, state, here, now, hidden_RTD)
+        return _after(state, here, now, out), out
+
+    if steps == 1:
+        return one(state, 0)
+    state, drawn = jax.lax.scan(one, state, jnp.arange(steps, dtype=jnp.int32))
+    return state, Drawn(*(each_XR1.swapaxes(0, 1)[:, :, 0] for each_XR1 in drawn))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
