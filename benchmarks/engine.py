@@ -2,11 +2,11 @@
 
     python benchmarks/engine.py          # some minutes on 2 cores; --quick for fewer rounds
 
-Greedy, with the same weights: the engine with one token of each row in a call, as clients want it, the engine with eight,
-and transformers take turns, each in a process of its own, all with memory in pages of 2 MiB as `llmlab` has it. Then 32
-clients that ask again as soon as they are answered, prompts and answers of mixed lengths: tokens per second for as long
-as all 32 ask, and for the first 48 of these requests one by one. And how long the first token of a short prompt takes on
-an idle engine and beside a long prompt and seven that write. Printed, and written to
+Greedy, with the same weights: the engine with one token of each row in a call, as clients want it, the engine with
+eight, and transformers take turns, each in a process of its own, with memory in pages of 2 MiB as `llmlab` has it. Then
+32 clients that ask again as soon as they are answered, prompts and answers of mixed lengths: tokens per second for as
+long as all 32 ask, and for the first 48 of these requests one by one. And how long the first token of a short prompt
+takes on an idle engine and beside a long prompt and seven that write. Printed, and written to
 benchmarks/results/engine-PLATFORM.json.
 """
 
