@@ -25,6 +25,7 @@ from tests.helpers import VOCAB, random_params, tiny_llama
 
 KINDS: dict[str, ModelConfig] = {
     "dense": tiny_llama(),
+    "heads": tiny_llama(kv_heads=4),  # a query for each head of keys, which on CPU are read in their pages
     "window": tiny_llama(pattern=("local", "global"), window=8),
     "experts": tiny_llama(experts=ExpertsConfig(count=4, chosen=2)),
     "latent": tiny_llama(kv_heads=4, latent=LatentConfig(kv_rank=8, nope_dim=4, rope_dim=4, value_dim=6)),

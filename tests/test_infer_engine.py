@@ -234,8 +234,9 @@ def test_pages_that_are_gathered_give_the_same_logits(kind, monkeypatch):
     assert 0 < relative(looped, gathered) < 1e-5
 
 
-def test_what_is_no_number_in_one_row_stays_there():
-    model = make_model(dataclasses.replace(model_of("dense")[0].config, tied_embedding=False))
+@pytest.mark.parametrize("kind", ["dense", "heads"])
+def test_what_is_no_number_in_one_row_stays_there(kind):
+    model = make_model(dataclasses.replace(model_of(kind)[0].config, tied_embedding=False))
     params = random_params(model)
     table_VD = params["embedding"]["tokens_VD"]
     params |= {"embedding": params["embedding"] | {"tokens_VD": table_VD.at[7].set(np.nan)}}
@@ -458,6 +459,43 @@ def test_what_is_drawn_after_a_stop_is_dropped():
     assert engine.load["pages_used"] == 0
 
 
+def calls_of(monkeypatch):
+    """The steps asked for, and what was drawn, of every call from now on."""
+    calls = []
+
+    def step(*given, steps, step=device.step):
+        state, drawn = step(*given, steps=steps)
+        calls.append((steps, np.asarray(drawn.logp_RT)))
+        return state, drawn
+
+    monkeypatch.setattr(device, "step", step)
+    return calls
+
+
+def test_a_call_ends_with_the_last_token_that_anybody_wants(monkeypatch):
+    engine = Engine(*model_of("dense"), EngineConfig(slots=2, page_size=4, prefill=8, steps=8))
+    calls = calls_of(monkeypatch)
+    alone(engine, Request((1, 2, 3), 4))
+    ((steps, logp_RT),) = calls  # the first token comes with the prompt
+    assert steps == 8
+    assert np.all(logp_RT[0, :3] < 0)
+    assert not logp_RT[:, 3:].any()
+
+
+def test_who_has_a_limit_does_not_wait_for_several_tokens_of_others(monkeypatch):
+    engine = Engine(*model_of("dense"), EngineConfig(slots=2, page_size=4, prefill=8, steps=8))
+    calls = calls_of(monkeypatch)
+    engine.submit(Request((4, 5), 50))
+    (limited,) = engine.submit(Request((1, 2, 3), 6, limit=RandomLimit(0, 60)))
+    goes_on = True
+    while goes_on:
+        goes_on = not any(event.number == limited and event.finish for event in engine.step())
+    assert {steps for steps, _ in calls} == {1}
+    while not engine.idle:
+        engine.step()
+    assert {steps for steps, _ in calls} == {1, 8}
+
+
 def test_guesses_and_several_steps_exclude_each_other():
     with pytest.raises(UserError, match="set steps to 1"):
         EngineConfig(guesses=2, steps=2)
@@ -476,13 +514,13 @@ def test_all_shapes_are_compiled_before_the_first_request(place, steps):
     assert (device.step._cache_size(), device.read._cache_size()) == counts
 
 
-def test_sharded_parameters_and_cache_give_the_same():
-    kind = "dense"
+@pytest.mark.parametrize("kind, steps", [("dense", 1), ("heads", 3)])
+def test_sharded_parameters_and_cache_give_the_same(kind, steps):
     model, params = model_of(kind)
     partition = make_partition(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     sharded = make_model(model.config, partition)
     placed = jax.device_put(params, partition.shardings(sharded.axes))
-    engine = Engine(sharded, placed, CONFIG)
+    engine = Engine(sharded, placed, dataclasses.replace(CONFIG, steps=steps))
     values = engine._device._main.state.layers[0]["k_BKSH"].values
     assert values.sharding.shard_shape(values.shape)[1] == model.config.K // 2
     assert_as_alone(kind, list(run_schedule(engine, np.random.default_rng(5), 8).values()))

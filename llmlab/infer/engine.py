@@ -1,9 +1,10 @@
 """The engine: requests come and go while the batch runs.
 
 Every row of the batch is a slot, with the keys and values of its request in pages. A step reads at most one piece of
-one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt.
-The device is always one step ahead: what a step drew is looked at while the next one runs. Only the token that is drawn
-as the last piece of a prompt is read, where nothing else has to be asked first, is looked at as soon as it is there.
+one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt,
+or as many as the config's `steps` where there is no prompt to read. The device is always one step ahead: what a step
+drew is looked at while the next one runs. Only the token that is drawn as the last piece of a prompt is read, where
+nothing else has to be asked first, is looked at as soon as it is there.
 A request's tokens depend on its own prompt, settings and seed, whatever else is in the batch, but for the rounding of
 sums.
 """
@@ -212,7 +213,8 @@ class Engine:
             run.known = NEVER
 
     def compile(self, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
-        """Compiles every shape that can come, so that no request waits for it; how many they are.
+        """Compiles every shape that can come, so that no request waits for it (on a mesh of several devices, the first
+        ones may wait for one more, of the state as a step leaves it); how many they are.
 
         They are kept in the compilation cache, where there is one. `progress` gets how many are done, of how many.
         """
@@ -397,7 +399,7 @@ class Engine:
 
     def _draw(self, runs: list[Run], under_way: Mapping[int, int]) -> Flight:
         """One more token for each, or several one after the other where nothing else has to be done in between."""
-        most = 1 if self._has_to_stop(runs) else self.config.steps
+        most = 1 if self._has_to_stop() else self.config.steps
         left = [run.request.max_tokens - run.written - under_way.get(run.number, 0) for run in runs]
         counts = [1 + self._room(run, min(most, each) - 1) for run, each in zip(runs, left, strict=True)]
         rows = self._shapes.rows(runs)
@@ -407,9 +409,9 @@ class Engine:
             run.cached += count
         return Flight(runs, [run.slot for run in runs], counts, None, drawn)
 
-    def _has_to_stop(self, runs: list[Run]) -> bool:
-        """Whether there is something to do after one more token of these: a prompt to read, or a limit to ask."""
-        return any(run.reads for run in self._running) or any(run.request.limit is not None for run in runs)
+    def _has_to_stop(self) -> bool:
+        """Whether there is something to do after one more token: a prompt to read, or somebody's limit to ask."""
+        return any(run.reads or run.request.limit is not None for run in self._running)
 
     def _draw_and_check(self, runs: list[Run]) -> Flight:
         """What comes after the last token of each, and after guesses of what comes then."""
@@ -440,10 +442,6 @@ class Engine:
             assert page is not None
             run.pages.append(page)
         return min(most, len(run.pages) * self.config.page_size - run.cached - 1)
-
-    def _has_to_wait(self, runs: list[Run]) -> bool:
-        """Whether something else has to be done after one more token of these: a prompt to be read, a limit to ask."""
-        return any(run.reads for run in self._running) or any(run.request.limit is not None for run in runs)
 
     def _look(self, flight: Flight) -> None:
         """At what a step has drawn, but for requests that have ended since, or lost their slot."""

@@ -109,7 +109,9 @@ class Device:
             self._draft = self._draft._replace(state=engine_step.feed(*self._draft, rows, tokens_RT, count_R))
 
     def step(self, rows: Rows, wanted: Wanted, steps: int = 1) -> tuple[Wanted, Drawn]:
-        """What went in, with the guesses of the draft model where there is room for some; and what was drawn."""
+        """What went in, with the guesses of the draft model where there is room for some; and what was drawn, in so
+        many steps.
+        """
         if self._draft is not None and wanted.token_RT.shape[1] > 1:
             state, guess_RT = propose(*self._draft, rows, wanted, most=self._guesses)
             self._draft = self._draft._replace(state=state)

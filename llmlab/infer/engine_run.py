@@ -17,7 +17,7 @@ class Run:
     """A request on its way.
 
     tokens: the prompt, and what was drawn and looked at. waits_for: a request with the same prompt, which reads it
-    first. cached: tokens in the cache, that of the step under way included. known: pages that others can find.
+    first. cached: tokens in the cache, those of the call under way included. known: pages that others can find.
     reported: tokens of the prompt that have been given out. allowed: what its limit says of the next token. ends: what
     its tokens so far tell of the next ones.
     """

@@ -1,4 +1,4 @@
-"""What of the engine runs on the device: reading a piece of a prompt, and one more token for some of its rows.
+"""What of the engine runs on the device: reading a piece of a prompt, and more tokens for some of its rows.
 
 Both take the rows that they are for by number; a number out of range is padding, which reads anything and writes
 nothing. So few shapes compile, whichever rows there are.
@@ -41,7 +41,8 @@ class Rows(NamedTuple):
 class Wanted(NamedTuple):
     """What goes into each row, and how the tokens after it are drawn.
 
-    token_RT: the first `count_R` of them; the very first below 0 for the one drawn last. adjusted_R: whether penalties
+    token_RT: the first `count_R` of them; the very first below 0 for the one drawn last; of several steps, the first
+    one's. adjusted_R: whether penalties
     and biases count, limited_R: whether `allowed_RW` has the bits of the tokens that may be drawn; both for one token.
     """
 
@@ -146,8 +147,8 @@ def step(
 ) -> tuple[State, Drawn]:
     """The wanted tokens of each row into the cache, and after each the next one drawn.
 
-    steps: 1; or how often this is done, with what was drawn last, for rows of one wanted token each. Then
-    `wanted.count_R` says of how many of these steps a row is part, and Drawn is [R, steps].
+    steps: 1; or how often this is done at most, with what was drawn last, for rows of one wanted token each. Then
+    `wanted.count_R` says of how many of these steps a row is part, and Drawn is [R, steps], zeros after the last.
     """
 
     def one(state: State, number: Any) -> tuple[State, Drawn]:
@@ -163,8 +164,17 @@ def step(
 
     if steps == 1:
         return one(state, 0)
-    state, drawn = jax.lax.scan(one, state, jnp.arange(steps, dtype=jnp.int32))
-    return state, Drawn(*(each_XR1.swapaxes(0, 1)[:, :, 0] for each_XR1 in drawn))
+
+    def more(carry: tuple[jax.Array, State, Drawn]) -> tuple[jax.Array, State, Drawn]:
+        number, state, drawn = carry
+        state, out = one(state, number)
+        return number + 1, state, jax.tree.map(lambda kept, new: kept.at[:, number].set(new[:, 0]), drawn, out)
+
+    like: Any = jax.eval_shape(one, state, jnp.int32(0))[1]
+    drawn = jax.tree.map(lambda each: jnp.zeros((each.shape[0], steps, *each.shape[2:]), each.dtype), like)
+    most = jnp.max(wanted.count_R)
+    _, state, drawn = jax.lax.while_loop(lambda carry: carry[0] < most, more, (jnp.int32(0), state, drawn))
+    return state, drawn
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -51,6 +51,7 @@ async def chat(request: HttpRequest) -> Response:
     judge: Judge | None = request.app.state.judge
     wanted = choosing(fields, settings, min(limits.n, model.service.capacity), judge)
     template = template_of(model)
+    # First a place, and then the work: what is read at once is bounded by it.
     ticket = stack_of(request.scope).enter_context(model.service.admit(wanted.samples))
     turns = await reading(turns_of, fields, limits)
     if offer.tools:
@@ -353,6 +354,7 @@ def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list
     # Where what comes after the first exchange may begin; last of all, the last question alone.
     begins = [None, *questions[2:], None]
 
+    @functools.cache
     def ids(place: int) -> list[int]:
         begin = begins[place]
         shorter = spoken[questions[-1] :] if begin is None else [*first, *spoken[begin:]]
@@ -364,5 +366,5 @@ def trimmed(template: ChatTemplate, turns: Sequence[Message], room: int) -> list
     # From the shortest on, each twice as long as the one before: what is far too long is never put together.
     most = len(begins)
     back = next(2**power for power in range(most.bit_length() + 1) if 2**power > most or not fits(most - 2**power))
-    place = bisect.bisect_left(range(most), True, lo=max(0, most - back), key=fits)
+    place = bisect.bisect_left(range(most), True, max(0, most - back), most - back // 2, key=fits)
     return ids(place) if place < most else []

@@ -16,6 +16,7 @@ from llmlab.serve.models import Served, chosen, limits_of
 from llmlab.serve.prompts import ids_of, prompts_of
 
 vectors = Beside("vectors")  # one text at a time: beside it the engine goes on
+LONGEST_REST = 0.1  # seconds: a first text of its length is compiled for, which is no reason to rest as long
 
 
 async def embeddings(request: HttpRequest) -> Response:
@@ -39,9 +40,9 @@ async def embeddings(request: HttpRequest) -> Response:
 
 
 def _vector(model: Served, ids: Sequence[int]) -> np.ndarray:
-    """float32 [D]. Half of the time is left to those who wait for every token, where there are any."""
+    """float32 [D]. About half of the time is left to those who wait for every token, where there are any."""
     begun = time.monotonic()
     vector_D = model.embedder.of_ids([ids])[0]
     if model.service.load["running"]:
-        time.sleep(time.monotonic() - begun)
+        time.sleep(min(time.monotonic() - begun, LONGEST_REST))
     return vector_D
