@@ -81,7 +81,8 @@ class Pages:
 
     def forget(self) -> None:
         """What is kept for later is no longer true, as after new weights."""
-        self._free += self._idle
+        # From the lowest on again: what is taken together lies together, and is read sooner.
+        self._free = sorted([*self._free, *self._idle], reverse=True)
         self._idle.clear()
         self._page_of.clear()
         self._digest_of.clear()
