@@ -112,7 +112,7 @@ def hostile_requests(count):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("name", "most"), [("run", 3), ("larger", 2)])
+@pytest.mark.parametrize(("name", "most"), [("run", 4), ("larger", 2)])
 def test_the_others_beside_five_hundred_hostile_requests(place, name, most):
     statuses, spans, asked = [], [], hostile_requests(500)
     command, pipes = (
