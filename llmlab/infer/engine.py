@@ -4,9 +4,8 @@ Every row of the batch is a slot, with the keys and values of its request in pag
 one prompt, so that a long one does not stall the others, and draws one token for every request that is past its prompt,
 or as many as the config's `steps` where there is no prompt to read. The device is always one step ahead: what a step
 drew is looked at while the next one runs. Only the token that is drawn as the last piece of a prompt is read, where
-nothing else has to be asked first, is looked at as soon as it is there.
-A request's tokens depend on its own prompt, settings and seed, whatever else is in the batch, but for the rounding of
-sums.
+nothing else has to be asked first, is looked at as soon as it is there. A request's tokens depend on its own prompt,
+settings and seed, whatever else is in the batch, but for the rounding of sums.
 """
 
 import collections

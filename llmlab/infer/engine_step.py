@@ -42,8 +42,8 @@ class Wanted(NamedTuple):
     """What goes into each row, and how the tokens after it are drawn.
 
     token_RT: the first `count_R` of them; the very first below 0 for the one drawn last; of several steps, the first
-    one's. adjusted_R: whether penalties
-    and biases count, limited_R: whether `allowed_RW` has the bits of the tokens that may be drawn; both for one token.
+    one's. adjusted_R: whether penalties and biases count, limited_R: whether `allowed_RW` has the bits of the tokens
+    that may be drawn; both for one token.
     """
 
     token_RT: jax.Array

@@ -72,7 +72,7 @@ def score_pages(pool: Pool, q_CKH: jax.Array, page_C: jax.Array) -> jax.Array:
     """q·k_CKS of queries with all that is kept in a page each.
 
     On CPU a sum of gathers, each of a part of the numbers, becomes one loop that reads the pages where they lie: a
-    gather of whole pages is written out before it is multiplied, and takes half as long again.
+    gather of whole pages is written out before it is multiplied, and takes a third to a half longer.
     """
     K, size, H = pool.values.shape[1:]
     lanes = math.gcd(H, LANES)
